@@ -1,0 +1,216 @@
+"""The typed form of a recipe: one frozen dataclass for each section. Plain Python, no torch.
+
+Every key a recipe may set is here, with its unit, range and default; `golf recipes NAME` prints them.
+A component with settings of its own (a model part, say) keeps them in its own frozen `Config`, under
+`model.parts.<name>`; the recipe carries them as a plain table and the component checks them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field
+
+STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSection:
+    __pydantic_config__ = STRICT
+    train: str = ""  # file, folder or glob; "" = the built-in corpus
+    val: str = ""  # validation text; "" = files named *val*, else a split of train
+    tokenizer: str = ""  # a SentencePiece .model used unchanged; "" = train one on the training text
+    vocab_size: Annotated[int, Field(ge=260, le=65535)] = 1024
+    tokenizer_text_bytes: Positive = 16_000_000  # at most so much text trains the tokenizer
+    order: Literal["shuffled", "sequential"] = "shuffled"  # sequential = the reference's endless stream
+    val_max_bytes: Positive = 300_000  # size limit of a validation split made by us
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSection:
+    __pydantic_config__ = STRICT
+    dim: Positive = 512
+    num_layers: Positive = 9
+    num_heads: Positive = 8
+    num_kv_heads: Positive = 4
+    mlp_hidden: Positive = 1024
+    activation: str = "relu2"  # a name of model.ACTIVATIONS
+    rope_base: Annotated[float, Field(gt=0)] = 10_000.0
+    rope_ref_len: Count = 0  # > 0: longer inputs stretch the base by (T / ref)^(d / (d - 2)) (PR 114: 1024)
+    qk_gain: float = 1.5  # initial gain on the normalised queries, one learned value a head
+    logit_softcap: NonNegative = 30.0  # 0 = none
+    tie_embeddings: bool = True
+    embed_init_std: Annotated[float, Field(gt=0)] = 0.005
+    init: Literal["default", "orthogonal"] = "default"  # orthogonal = PR 137's script
+    skips: Literal["unet", "none"] = "unet"
+    norm_eps: Annotated[float, Field(gt=0)] = 1.1920929e-07
+    parts: dict[str, dict[str, Any]] = field(default_factory=dict)  # optional components by registry name
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimSection:
+    __pydantic_config__ = STRICT
+    matrix: str = "muon"  # a name of optim.MATRIX_OPTIMIZERS
+    matrix_lr: NonNegative = 0.04
+    scalar_lr: NonNegative = 0.04
+    embed_lr: NonNegative = 0.05
+    head_lr: NonNegative = 0.008  # untied head only
+    momentum: Fraction = 0.95
+    nesterov: bool = True
+    ns_steps: Positive = 5
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.95
+    adam_eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: NonNegative = 0.0  # decoupled, matrix group
+    embed_weight_decay: NonNegative = 0.0
+    scalar_weight_decay: NonNegative = 0.0
+    grad_clip: NonNegative = 0.0  # global norm over all parameters after the all-reduce; 0 = off
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleSection:
+    __pydantic_config__ = STRICT
+    warmup_steps: Count = 20  # throw-away steps that compile and warm up; all state is restored after them
+    lr_warmup_steps: Count = 0  # linear ramp of the learning rate
+    warmdown_iters: Count = 1200  # final decay: so many steps (in seconds at the measured rate if timed)
+    warmdown_frac: Fraction = 0.0  # > 0: the final decay is this fraction of the budget instead
+    warmdown_shape: Literal["linear", "cosine"] = "linear"
+    min_lr: Fraction = 0.0  # floor of the multiplier
+    momentum_warmup_start: Fraction = 0.85
+    momentum_warmup_steps: Count = 500
+    momentum_warmup_frac: Fraction = 0.0  # > 0: ramp over this fraction of the time budget instead (PR 137)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSection:
+    __pydantic_config__ = STRICT
+    batch_tokens: Positive = 524_288  # global, for one optimizer step
+    seq_len: Positive = 1024
+    micro_batch_tokens: Count = 0  # tokens of one forward on one rank; 0 = chosen for the device
+    seed: Count = 1337
+    device: str = "auto"  # auto, cpu, cuda
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of activations and matrix products
+    compile: Literal["auto", "on", "off"] = "auto"
+    attention: str = "auto"  # a name of model.ATTENTION_BACKENDS
+    threads: Count = 0  # CPU threads; 0 = all
+    log_every: Positive = 10  # steps
+    checkpoint_every: NonNegative = 300.0  # seconds between checkpoints; 0 = only on a signal and at the end
+    checkpoint_every_steps: Count = 0  # steps between checkpoints; 0 = by seconds only
+
+
+@dataclass(frozen=True, kw_only=True)
+class AverageSection:
+    __pydantic_config__ = STRICT
+    kind: Literal["none", "ema", "swa"] = "none"
+    decay: Fraction = 0.997  # EMA
+    start_lr_mul: Fraction = 1.0  # SWA: collect while the multiplier is below this
+    every: Positive = 200  # SWA: steps between snapshots
+    select: Literal["always", "train"] = "always"  # train = keep the average only if better on held-out training text
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridSection:
+    """An integer grid: how a float row becomes codes. One object for QAT and export (see quant/grid.py)."""
+
+    __pydantic_config__ = STRICT
+    bits: Annotated[int, Field(ge=2, le=8)] = 8
+    clip: Literal["rowmax", "quantile", "sdclip", "search"] = "rowmax"
+    clip_value: NonNegative = 0.0  # the quantile, or k of k x std
+    floor: NonNegative = 0.0  # absolute lower bound of the scale (references: 1/31, 1/127); 0 = none
+    eps: NonNegative = 0.0  # lower bound of the clip before the scale is formed (references: 1e-8, 1e-12)
+    scale_dtype: Literal["float16", "float32"] = "float16"
+    round_scale_first: bool = True  # False = the references that code with the unrounded scale
+    low_code: Literal["symmetric", "full"] = "symmetric"  # full = the extra code -2^(b-1) may be used
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuleSection:
+    """One precision rule: the first rule whose pattern and size fit a tensor decides how it is stored."""
+
+    __pydantic_config__ = STRICT
+    match: str = "*"  # glob on the tensor name; several joined by "|"; "@control", "@last_layers:2" also work
+    min_size: Count = 0  # elements
+    max_size: Count = 0  # elements; 0 = any
+    ndim: Count = 0  # 0 = any
+    store: str = "float16"  # float16, float32 or the name of a grid
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantSection:
+    __pydantic_config__ = STRICT
+    method: str = "rtn"  # a name of quant.QUANTIZERS
+    grids: dict[str, GridSection] = field(default_factory=dict)
+    rules: tuple[RuleSection, ...] = ()  # in order; non-float tensors are kept as they are before any rule
+    qat: str = ""  # grid of the fake quantisation of linear weights in training; "" = none
+    qat_start: Fraction = 0.0  # fraction of the budget at which QAT switches on
+    post_qat: str = ""  # grid of a post-training QAT phase over all large matrices (PR 107); "" = none
+    post_qat_frac: Fraction = 0.05  # fraction of the budget given to that phase
+    post_qat_lr: NonNegative = 1e-3
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackSection:
+    __pydantic_config__ = STRICT
+    codec: str = "auto"  # a name of pack.CODECS, or auto = the smallest
+    level: int = -1  # -1 = the codec's strongest
+    count: Literal["file", "challenge"] = "file"  # what the byte cap counts
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreSection:
+    __pydantic_config__ = STRICT
+    seq_len: Count = 0  # 0 = train.seq_len
+    stride: Count = 0  # sliding score beside the standard one; 0 = none
+    batch_tokens: Positive = 65_536  # tokens of one scoring forward over all ranks
+    windows: Literal["exact", "full_only", "with_tail"] = "exact"  # the last two = the references' window rules
+    lanes: Positive = 1  # independent lanes cut at document starts, so that a decoder can run them in parallel
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetSection:
+    __pydantic_config__ = STRICT
+    seconds: NonNegative = 0.0  # training budget; 0 = unbound
+    steps: Count = 0
+    tokens: Count = 0
+    bytes: Count = 0  # cap of the artifact
+    eval_seconds: NonNegative = 0.0  # scoring stops being allowed after this; 0 = unbound
+    clock: Literal["strict", "challenge"] = "strict"  # challenge = starts after compilation and warm-up
+    count_packing: bool = True  # averaging, calibration and quantisation must also end inside `seconds`
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageSection:
+    """What changes at a point of the run: from `at` (fraction of the budget) on, the set keys hold."""
+
+    __pydantic_config__ = STRICT
+    at: Fraction = 0.0
+    batch_tokens: Count = 0  # 0 = as before
+    seq_len: Count = 0
+    lr_mul: NonNegative = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One system, resolved: everything a run needs to know."""
+
+    __pydantic_config__ = STRICT
+    name: str
+    title: str = ""
+    extends: str = ""
+    data: DataSection = field(default_factory=DataSection)
+    model: ModelSection = field(default_factory=ModelSection)
+    optim: OptimSection = field(default_factory=OptimSection)
+    schedule: ScheduleSection = field(default_factory=ScheduleSection)
+    train: TrainSection = field(default_factory=TrainSection)
+    average: AverageSection = field(default_factory=AverageSection)
+    quant: QuantSection = field(default_factory=QuantSection)
+    pack: PackSection = field(default_factory=PackSection)
+    score: ScoreSection = field(default_factory=ScoreSection)
+    budget: BudgetSection = field(default_factory=BudgetSection)
+    stages: tuple[StageSection, ...] = ()
