@@ -1,0 +1,16 @@
+"""Weight codecs by name. Adding one is one file with a class like `codecs.base.Codec` and one line here."""
+
+from __future__ import annotations
+
+from paramgolf.registry import Registry
+
+CODECS = Registry(
+    "codec",
+    {
+        "raw": "paramgolf.pack.codecs.bytecoders:RawCodec",
+        "zlib": "paramgolf.pack.codecs.bytecoders:ZlibCodec",
+        "zstd": "paramgolf.pack.codecs.bytecoders:ZstdCodec",
+        "lzma": "paramgolf.pack.codecs.bytecoders:LzmaCodec",
+        "brotli": "paramgolf.pack.codecs.bytecoders:BrotliCodec",
+    },
+)
