@@ -127,6 +127,7 @@ class GridSection:
     scale_dtype: Literal["float16", "float32"] = "float16"
     round_scale_first: bool = True  # False = the references that code with the unrounded scale
     low_code: Literal["symmetric", "full"] = "symmetric"  # full = the extra code -2^(b-1) may be used
+    packed: bool = False  # stored bit-packed (PR 107: four 6-bit codes in three bytes) instead of one byte a code
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,9 +148,9 @@ class QuantSection:
     method: str = "rtn"  # a name of quant.QUANTIZERS
     grids: dict[str, GridSection] = field(default_factory=dict)
     rules: tuple[RuleSection, ...] = ()  # in order; non-float tensors are kept as they are before any rule
-    qat: str = ""  # grid of the fake quantisation of linear weights in training; "" = none
+    qat: str = ""  # fake quantisation of linear weights in training: "export" (each tensor's own grid), a grid, or "" = none
     qat_start: Fraction = 0.0  # fraction of the budget at which QAT switches on
-    post_qat: str = ""  # grid of a post-training QAT phase over all large matrices (PR 107); "" = none
+    post_qat: str = ""  # post-training QAT phase over all large matrices (PR 107): as `qat`; "" = none
     post_qat_frac: Fraction = 0.05  # fraction of the budget given to that phase
     post_qat_lr: NonNegative = 1e-3
 

@@ -1,0 +1,177 @@
+"""From a name or a TOML file and `section.key=value` overrides to a checked `Recipe`.
+
+Recipes inherit (`extends = "baseline"`); every value remembers which file set it, so that
+`golf recipes NAME` can show where it comes from. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from pydantic import TypeAdapter, ValidationError
+
+from paramgolf.errors import GolfError
+from paramgolf.recipe.sections import Recipe
+from paramgolf.registry import close_match
+
+Table = dict[str, Any]
+SECTIONS = {f.name: f for f in dataclasses.fields(Recipe) if f.name not in ("name", "title", "extends")}
+_ADAPTER: TypeAdapter[Recipe] = TypeAdapter(Recipe)
+
+
+@dataclasses.dataclass(frozen=True)
+class Resolved:
+    """A recipe and, for each dotted key that something set, the file or override that set it last."""
+
+    recipe: Recipe
+    origin: dict[str, str]
+
+
+def recipe_names() -> list[str]:
+    """The recipes that ship with the package."""
+    folder = resources.files("paramgolf") / "recipes"
+    return sorted(p.name.removesuffix(".toml") for p in folder.iterdir() if p.name.endswith(".toml"))
+
+
+def load_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe:
+    """The recipe called `name` (or the TOML file at that path) with overrides like `model.dim=256` applied."""
+    return resolve(name, overrides).recipe
+
+
+def resolve(name: str, overrides: Iterable[str] = ()) -> Resolved:
+    """Like `load_recipe`, with the origin of every value that is not a default."""
+    table, origin = _read_chain(name, ())
+    for override in overrides:
+        path, value = parse_override(override)
+        _set(table, path, value, override)
+        origin[".".join(path)] = f"override {override}"
+    return Resolved(from_table(table, origin), origin)
+
+
+def from_table(table: Mapping[str, Any], origin: Mapping[str, str] | None = None) -> Recipe:
+    """Check a plain table and make the recipe; the error names the key, the value and where it was set."""
+    try:
+        recipe = _ADAPTER.validate_python(dict(table))
+    except ValidationError as error:
+        raise GolfError(_explain(error, origin or {})) from None
+    _check_grids(recipe)
+    return recipe
+
+
+def _check_grids(recipe: Recipe) -> None:
+    """Rules and QAT may only name grids that the recipe defines."""
+    grids = list(recipe.quant.grids)
+    for rule in recipe.quant.rules:
+        if rule.store not in ("float16", "float32", *grids):
+            raise GolfError(f"quant.rules: unknown store '{rule.store}'{close_match(rule.store, [*grids, 'float16', 'float32'])}")
+    for key, grid in (("qat", recipe.quant.qat), ("post_qat", recipe.quant.post_qat)):
+        if grid not in ("", "export", *grids):
+            raise GolfError(f"quant.{key}: unknown grid '{grid}'{close_match(grid, [*grids, 'export'])}")
+
+
+def to_table(recipe: Recipe) -> Table:
+    """Plain tables, lists, strings and numbers; `from_table(to_table(r)) == r`."""
+    plain = dataclasses.asdict(recipe)
+    for key in ("stages",):
+        plain[key] = list(plain[key])
+    plain["quant"]["rules"] = list(plain["quant"]["rules"])
+    return plain
+
+
+def to_toml(recipe: Recipe) -> str:
+    """The fully resolved recipe as TOML: every value written out."""
+    return tomli_w.dumps(to_table(recipe) | {"extends": ""})
+
+
+def parse_override(text: str) -> tuple[list[str], Any]:
+    """`model.dim=256` -> (["model", "dim"], 256). Values are TOML; anything else is a string."""
+    key, equals, raw = text.partition("=")
+    path = key.strip().split(".")
+    if not equals or len(path) < 2 or not all(path):
+        raise GolfError(f"override '{text}' is not of the form section.key=value, e.g. model.dim=256")
+    try:
+        value = tomllib.loads(f"value = {raw}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = raw.strip()
+    return path, value
+
+
+def _read_chain(name: str, seen: tuple[str, ...]) -> tuple[Table, dict[str, str]]:
+    """The tables of `name` and of everything it extends, merged, parents first."""
+    if name in seen:
+        raise GolfError(f"recipe '{name}' extends itself through {' -> '.join((*seen, name))}; break the circle")
+    label, text = _read_text(name)
+    try:
+        own = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise GolfError(f"recipe {label} is not valid TOML: {error}; mend the file") from None
+    parent = own.get("extends", "")
+    table: Table = {}
+    origin: dict[str, str] = {}
+    if parent:
+        table, origin = _read_chain(str(parent), (*seen, name))
+    own.setdefault("name", Path(label).stem)
+    for path, value in _leaves(own):
+        _set(table, list(path), value, f"{label}: {'.'.join(path)}")
+        origin[".".join(path)] = label
+    return table, origin
+
+
+def _read_text(name: str) -> tuple[str, str]:
+    path = Path(name)
+    if name.endswith(".toml") or "/" in name:
+        try:
+            return path.name, path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise GolfError(f"cannot read recipe file {name}: {error}; give a name from `golf recipes`") from None
+    if name not in recipe_names():
+        raise GolfError(f"no recipe '{name}'{close_match(name, recipe_names())}")
+    return f"{name}.toml", (resources.files("paramgolf") / "recipes" / f"{name}.toml").read_text(encoding="utf-8")
+
+
+def _leaves(table: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> Iterable[tuple[tuple[str, ...], Any]]:
+    for key, value in table.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, (*prefix, key))
+        else:
+            yield (*prefix, key), value
+
+
+def _set(table: Table, path: Sequence[str], value: Any, where: str) -> None:
+    """Set a dotted key, refusing names that no section has."""
+    _check_path(path, where)
+    node: Any = table
+    for depth, key in enumerate(path[:-1]):
+        node = node.setdefault(key, {})
+        if not isinstance(node, dict):
+            raise GolfError(f"{where}: '{'.'.join(path[: depth + 1])}' holds a value, not a table of keys")
+    node[path[-1]] = value
+
+
+def _check_path(path: Sequence[str], where: str) -> None:
+    top = [f.name for f in dataclasses.fields(Recipe)]
+    if path[0] not in top:
+        raise GolfError(f"{where}: unknown section '{path[0]}'{close_match(path[0], top)}")
+    section = SECTIONS.get(path[0])
+    if section is None or len(path) < 2:
+        return
+    if path[0] == "stages":
+        raise GolfError(f"{where}: stages is a list of tables; write it in a recipe file as [[stages]]")
+    known = [f.name for f in dataclasses.fields(section.default_factory)]  # type: ignore[arg-type]
+    if path[1] not in known:
+        raise GolfError(f"{where}: unknown key '{path[0]}.{path[1]}'{close_match(path[1], known)}")
+
+
+def _explain(error: ValidationError, origin: Mapping[str, str]) -> str:
+    first = error.errors(include_url=False)[0]
+    key = ".".join(str(part) for part in first["loc"])
+    message = first["msg"][:1].lower() + first["msg"][1:]
+    where = origin.get(key, "")
+    shown = f" = {first['input']!r}" if isinstance(first["input"], str | int | float | bool) else ""
+    return f"recipe key {key}{shown}: {message}" + (f" (set by {where})" if where else "")
