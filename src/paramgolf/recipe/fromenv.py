@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from paramgolf.errors import GolfError
 from paramgolf.registry import close_match
@@ -33,7 +33,6 @@ VARIABLES = {
     "NUM_HEADS": "model.num_heads",
     "NUM_KV_HEADS": "model.num_kv_heads",
     "MLP_HIDDEN": "model.mlp_hidden",
-    "TIE_EMBEDDINGS": "model.tie_embeddings",
     "TIED_EMBED_INIT_STD": "model.embed_init_std",
     "ROPE_BASE": "model.rope_base",
     "LOGIT_SOFTCAP": "model.logit_softcap",
@@ -52,8 +51,50 @@ VARIABLES = {
     "GRAD_CLIP_NORM": "optim.grad_clip",
     "MUON_MOMENTUM_WARMUP_START": "schedule.momentum_warmup_start",
     "MUON_MOMENTUM_WARMUP_STEPS": "schedule.momentum_warmup_steps",
+    "MUON_WEIGHT_DECAY": "optim.weight_decay",
+    "MUON_WARMUP_FRAC": "schedule.momentum_warmup_frac",
+    "QAT_START_FRAC": "quant.qat_start",
+    "POST_QAT_LR": "quant.post_qat_lr",
+    "SERIAL_COMPRESSOR": "pack.codec",
+    "BIGRAM_VOCAB_SIZE": "model.parts.bigram_hash.buckets",
+    "BIGRAM_DIM": "model.parts.bigram_hash.dim",
     "EMA_DECAY": "average.decay",
     "SWA_EVERY": "average.every",
+}
+
+
+def _flag(value: str) -> bool:
+    return value not in ("0", "", "false", "False")
+
+
+def _number(name: str, value: str) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        raise GolfError(f"--from-env: {name}={value} is not a number") from None
+
+
+def _mlp_mult(value: str, pairs: Mapping[str, str]) -> str:
+    dim = _number("MODEL_DIM", pairs.get("MODEL_DIM", "512"))
+    return f"model.mlp_hidden={int(_number('MLP_MULT', value) * dim)}"
+
+
+def _post_qat_seconds(value: str, pairs: Mapping[str, str]) -> str:
+    total = _number("MAX_WALLCLOCK_SECONDS", pairs.get("MAX_WALLCLOCK_SECONDS", "600"))
+    return f"quant.post_qat_frac={_number('POST_QAT_SECONDS', value) / total}"
+
+
+def _qat(value: str, pairs: Mapping[str, str]) -> str:
+    return f"quant.qat={'export' if _flag(value) else ''}"
+
+
+# Variables whose value means something else in a recipe: (value, all variables) -> override.
+DERIVED: dict[str, Callable[[str, Mapping[str, str]], str]] = {
+    "MLP_MULT": _mlp_mult,
+    "POST_QAT_SECONDS": _post_qat_seconds,
+    "QAT": _qat,
+    "ENABLE_QAT": _qat,
+    "TIE_EMBEDDINGS": lambda value, _: f"model.tie_embeddings={'true' if _flag(value) else 'false'}",
 }
 # Variables that say where to log or which file to write: a recipe has nothing to set for them.
 IGNORED = {"RUN_ID", "VAL_LOSS_EVERY", "VAL_BATCH_SIZE", "EVAL_BATCH_SEQS", "NCCL_IB_DISABLE", "OMP_NUM_THREADS"}
@@ -82,13 +123,10 @@ def from_variables(pairs: Mapping[str, str]) -> tuple[list[str], list[str]]:
     for name, value in pairs.items():
         if name in IGNORED:
             ignored.append(name)
-        elif name == "MLP_MULT":
-            dim = int(pairs.get("MODEL_DIM", "512"))
-            overrides.append(f"model.mlp_hidden={int(float(value) * dim)}")
+        elif name in DERIVED:
+            overrides.append(DERIVED[name](value, pairs))
         elif name in VARIABLES:
-            key = VARIABLES[name]
-            flag = key == "model.tie_embeddings"
-            overrides.append(f"{key}={('true' if value not in ('0', 'false') else 'false') if flag else value}")
+            overrides.append(f"{VARIABLES[name]}={value}")
         else:
-            raise GolfError(f"--from-env: no recipe key for variable {name}{close_match(name, VARIABLES)}")
+            raise GolfError(f"--from-env: no recipe key for variable {name}{close_match(name, [*VARIABLES, *DERIVED])}")
     return overrides, ignored

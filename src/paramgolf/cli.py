@@ -1,0 +1,205 @@
+"""`golf`: a thin face over the public Python API.
+
+stdout carries the result (with --json exactly one object), progress and warnings go to stderr. Bad input
+is one line on stderr and exit code 2, a failed check is exit code 1. Heavy modules are imported inside the
+commands, so that `golf --help` and a misspelt key answer at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from paramgolf import __version__
+from paramgolf.cli_data import app as data_app
+from paramgolf.errors import GolfError
+
+app = typer.Typer(
+    name="golf",
+    help="Your text, a byte budget and a time budget go in; the best language model that fits comes out.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(data_app, name="data")
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, e.g. model.mlp_hidden=1488")]
+FromEnv = Annotated[str, typer.Option("--from-env", help="An official command line, e.g. 'MLP_HIDDEN=1488 EVAL_STRIDE=64'.")]
+Artifact = Annotated[Path, typer.Argument(help="A model.golf file, or the folder of the run that made it.")]
+
+
+def emit(result: dict[str, Any], as_json: bool, text: str) -> None:
+    """The one thing a command writes to stdout."""
+    typer.echo(json.dumps(result, indent=2, sort_keys=False) if as_json else text)
+
+
+def artifact_path(path: Path) -> Path:
+    """`model.golf` itself or the one inside a run folder."""
+    path = path / "model.golf" if path.is_dir() else path
+    if not path.is_file():
+        raise GolfError(f"no artifact at {path}; give a model.golf file or the folder of a finished run")
+    return path
+
+
+def _overrides(overrides: list[str] | None, from_env: str) -> list[str]:
+    from paramgolf.recipe.fromenv import from_command_line
+
+    words = list(overrides or [])
+    if from_env:
+        translated, ignored = from_command_line(from_env)
+        for name in ignored:
+            typer.echo(f"note: {name} has no meaning for a recipe and is left out", err=True)
+        words = translated + words
+    return words
+
+
+@app.command("run", epilog="Example: golf run pocket --data notes/ --bytes 500000 --seconds 120 train.seed=7")
+def run_command(
+    recipe: Annotated[str, typer.Argument(help="A recipe name (see `golf recipes`) or a TOML file.")],
+    overrides: Overrides = None,
+    data: Annotated[str, typer.Option(help="Text, JSONL, parquet, a folder of them or of shards; '-' = stdin. Default: built-in text.")] = "",
+    out: Annotated[Path | None, typer.Option(help="Run folder. Default: runs/<recipe>-<time>.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")] = False,
+    seconds: Annotated[float | None, typer.Option(help="Time budget (budget.seconds).")] = None,
+    max_bytes: Annotated[int | None, typer.Option("--bytes", help="Byte cap (budget.bytes).")] = None,
+    from_env: FromEnv = "",
+    as_json: Json = False,
+) -> None:
+    """Train a recipe, pack it under its byte cap and score the file that came out."""
+    words = _overrides(overrides, from_env)
+    words += [f"budget.seconds={seconds}"] if seconds is not None else []
+    words += [f"budget.bytes={max_bytes}"] if max_bytes is not None else []
+    from paramgolf.recipe.load import resolve
+
+    resolved = resolve(recipe, words)
+    from paramgolf.runner.run import run
+    from paramgolf.runner.summary import summary_text
+
+    record = run(resolved.recipe, data=data or None, out=out, resume=resume)
+    if record is not None:  # only the first rank reports
+        emit(record, as_json, summary_text(record))
+
+
+@app.command("recipes", epilog="Example: golf recipes pr107 --from-env 'MLP_HIDDEN=1488 EVAL_STRIDE=64'")
+def recipes_command(
+    name: Annotated[str, typer.Argument(help="Show this recipe resolved; without it, list all.")] = "",
+    overrides: Overrides = None,
+    from_env: FromEnv = "",
+    as_json: Json = False,
+) -> None:
+    """List the recipes, or show every value of one and the file that set it."""
+    from paramgolf.recipe.load import load_recipe, recipe_names, resolve, to_table
+    from paramgolf.recipe.show import recipe_listing, recipe_text
+
+    if name:
+        resolved = resolve(name, _overrides(overrides, from_env))
+        emit({"recipe": to_table(resolved.recipe), "origin": resolved.origin}, as_json, recipe_text(resolved))
+    else:
+        recipes = [load_recipe(known) for known in recipe_names()]
+        emit({r.name: r.title for r in recipes}, as_json, recipe_listing(recipes))
+
+
+@app.command("score", epilog="Example: golf score runs/pocket-1/model.golf --data val.txt --stride 64")
+def score_command(
+    artifact: Artifact,
+    data: Annotated[str, typer.Option(help="The text to score, whole ('-' = stdin); of a folder its validation part.")],
+    stride: Annotated[int, typer.Option(min=0, help="Also score with windows that advance by this many tokens.")] = -1,
+    seq_len: Annotated[int, typer.Option(min=0, help="Window length; 0 = the artifact's.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Bits per byte of a text under an artifact: standard windows, and sliding ones."""
+    import paramgolf
+
+    model = paramgolf.load(artifact_path(artifact))
+    result = model.score_data(data, stride=None if stride < 0 else stride, seq_len=seq_len)
+    from paramgolf.runner.summary import score_text
+
+    emit(result, as_json, score_text(result))
+
+
+@app.command("sample", epilog="Example: golf sample runs/pocket-1/model.golf 'def main(' --tokens 200 --temperature 0.7")
+def sample_command(
+    artifact: Artifact,
+    prompt: Annotated[str, typer.Argument(help="Text to continue.")] = "",
+    tokens: Annotated[int, typer.Option(min=1, help="At most so many tokens.")] = 200,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 = always the likeliest token.")] = 0.8,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample from the smallest set with this probability.")] = 0.95,
+    stop: Annotated[list[str] | None, typer.Option(help="Stop before this text (may be given several times).")] = None,
+    seed: Annotated[int, typer.Option(help="Same seed, same text.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Continue a text with the model, as it is generated."""
+    import paramgolf
+
+    model = paramgolf.load(artifact_path(artifact))
+    pieces = model.stream(prompt, max_tokens=tokens, temperature=temperature, top_p=top_p, stop=list(stop or []), seed=seed)
+    if as_json:
+        emit({"prompt": prompt, "text": "".join(pieces), "seed": seed}, True, "")
+        return
+    typer.echo(prompt, nl=False)
+    for piece in pieces:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    typer.echo()
+
+
+@app.command("inspect", epilog="Example: golf inspect runs/pocket-1/model.golf")
+def inspect_command(artifact: Artifact, as_json: Json = False) -> None:
+    """What an artifact holds: configuration, tensors, and where each of its bytes goes."""
+    from paramgolf.runner.summary import artifact_facts, inspect_text
+
+    facts = artifact_facts(artifact_path(artifact))
+    emit(facts, as_json, inspect_text(facts))
+
+
+@app.command("doctor", epilog="Example: golf doctor")
+def doctor_command(as_json: Json = False) -> None:
+    """What this machine has, what a run would use, and what is missing."""
+    from paramgolf.runner.doctor import doctor_text, examine
+
+    facts = examine()
+    emit(facts, as_json, doctor_text(facts))
+
+
+@app.callback(invoke_without_command=True)
+def golf(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        typer.echo(f"paramgolf {__version__}")
+        raise typer.Exit()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; every expected failure becomes one line and an exit code."""
+    command = typer.main.get_command(app)
+    try:
+        code = command.main(args=arguments, prog_name="golf", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except GolfError as error:
+        return _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left; nothing to say to it
+        return 0
+    except Exception as error:
+        if hasattr(error, "format_message"):  # a usage error of the command-line library
+            hint = getattr(getattr(error, "ctx", None), "command_path", "golf")
+            return _fail(f"{error.format_message()}; see `{hint} --help`", 2)
+        if type(error).__name__ == "Abort":
+            return _fail("aborted", 130)
+        raise
+
+
+def _fail(message: str, code: int) -> int:
+    sys.stderr.write(f"golf: error: {' '.join(message.split())}\n")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
