@@ -6,6 +6,7 @@ by pack/side.py before it, so a codec that wants to may condition on `CodeSpec.s
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -33,22 +34,18 @@ class CodeSpec:
     shape: tuple[int, ...]
     bits: int  # codes lie in [-2^(bits-1), 2^(bits-1) - 1]; the lowest value is unused on a symmetric grid
     packed: bool = False  # byte coders lay four 6-bit codes in three bytes (PR 107's layout); others ignore it
-    scale: np.ndarray | None = field(default=None, compare=False)  # decoded before the codes, (rows,) or ()
+    scale: np.ndarray | None = field(default=None, compare=False)  # known before the codes: shape[:-1], () of a vector
 
     @property
     def size(self) -> int:
         """Number of codes."""
-        total = 1
-        for side in self.shape:
-            total *= side
-        return total
+        return math.prod(self.shape)
 
     @property
     def matrix(self) -> tuple[int, int]:
-        """(rows, columns) of the 2-D view: first axis against the rest; a vector or scalar is one row."""
-        if len(self.shape) < 2:
-            return 1, self.size
-        return self.shape[0], self.size // self.shape[0] if self.shape[0] else 0
+        """(rows, columns) of the 2-D view: the last axis are the columns; a vector or scalar is one row."""
+        columns = self.shape[-1] if self.shape else 1
+        return (self.size // columns if columns else 0), columns
 
     @property
     def low(self) -> int:

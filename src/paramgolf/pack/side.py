@@ -1,0 +1,57 @@
+"""Scales and unquantised tensors as bytes: one stream a type, cut into byte planes, each in its smallest byte coder.
+
+The high bytes of floats (sign, exponent) repeat, the low ones are noise: apart they code better than together.
+A plane: coder byte, varint length, data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from paramgolf.pack import bytecoding
+from paramgolf.pack.wire import Reader, varint
+
+ArraySpec = tuple[str, tuple[int, ...]]  # numpy type name, shape
+
+
+def _groups(dtypes: Sequence[str]) -> list[tuple[str, list[int]]]:
+    groups: dict[str, list[int]] = {}
+    for index, dtype in enumerate(dtypes):
+        groups.setdefault(dtype, []).append(index)
+    return list(groups.items())
+
+
+def encode_arrays(arrays: Sequence[np.ndarray]) -> bytes:
+    """Lossless, bit for bit (little-endian); types and shapes are not in the bytes."""
+    out = bytearray()
+    for dtype, members in _groups([a.dtype.name for a in arrays]):
+        little = np.dtype(dtype).newbyteorder("<")
+        stream = b"".join(np.ascontiguousarray(arrays[i], dtype=little).tobytes() for i in members)
+        planes = np.frombuffer(stream, np.uint8).reshape(-1, little.itemsize)
+        for plane in planes.T:
+            coder, coded = bytecoding.smallest(plane.tobytes())
+            out += bytes([coder]) + varint(len(coded)) + coded
+    return bytes(out)
+
+
+def decode_arrays(data: bytes, specs: Sequence[ArraySpec], where: str) -> list[np.ndarray]:
+    """The arrays back, given their types and shapes. Raises GolfError on damaged bytes."""
+    reader = Reader(data, where)
+    arrays: dict[int, np.ndarray] = {}
+    for dtype, members in _groups([spec[0] for spec in specs]):
+        little = np.dtype(dtype).newbyteorder("<")
+        sizes = [int(np.prod(specs[i][1], dtype=np.int64)) for i in members]
+        planes = np.empty((sum(sizes), little.itemsize), np.uint8)
+        for column in range(little.itemsize):
+            coder = reader.u8()
+            coded = reader.take(reader.varint(len(reader)))
+            planes[:, column] = np.frombuffer(bytecoding.expand(coded, coder, len(planes)), np.uint8)
+        if dtype == "bool" and planes.size and planes.max() > 1:
+            raise reader.fault("a truth value above 1")
+        stream = planes.reshape(-1).view(little)
+        for index, start, size in zip(members, np.cumsum([0, *sizes[:-1]]), sizes, strict=True):
+            arrays[index] = stream[start : start + size].reshape(specs[index][1]).astype(np.dtype(dtype))
+    reader.end()
+    return [arrays[i] for i in range(len(specs))]

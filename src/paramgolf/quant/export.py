@@ -1,0 +1,75 @@
+"""From trained weights to stored tensors and back: the precision plan applied with a quantiser."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from paramgolf.errors import GolfError
+from paramgolf.pack.stored import PLAIN_DTYPES, StoredTensor, TensorSpec
+from paramgolf.pack.stored import payload_bytes as payload_bytes  # the size belongs to what is exported
+from paramgolf.quant.grid import Grid
+from paramgolf.quant.plan import Store, plan
+from paramgolf.quant.registry import QUANTIZERS
+from paramgolf.recipe.sections import QuantSection
+
+_FLOAT16_MAX = 65_504.0
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`float32` of torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+def export(
+    state: Mapping[str, Tensor],
+    section: QuantSection,
+    num_layers: int,
+    hessians: Mapping[str, Tensor] | None = None,
+) -> list[StoredTensor]:
+    """Every tensor of a state dict as the rules of `section` store it, in the order of `state`.
+
+    Quantised tensors go through `QUANTIZERS[section.method]` (with the input second moments `hessians`, keyed by tensor
+    name, where given); others are cast. The weights are taken as float32, whatever type and device they have.
+    Raises GolfError for non-finite weights, for values too large for float16, and for tensors without a rule.
+    """
+    quantize = QUANTIZERS[section.method]
+    grids = {name: Grid(grid) for name, grid in section.grids.items()}
+    floats = {name: tuple(t.shape) for name, t in state.items() if t.is_floating_point()}
+    stores = plan(floats, section, num_layers)
+    out = []
+    for name, tensor in state.items():
+        weight = tensor.detach()
+        if name not in stores:
+            out.append(_kept(name, weight, dtype_name(weight.dtype)))
+        elif stores[name].grid is None:
+            out.append(_kept(name, weight.float(), stores[name].name))
+        else:
+            hessian = (hessians or {}).get(name)
+            codes, scale = quantize(weight.float(), grids[stores[name].name], hessian)
+            out.append(_quantised(name, stores[name], codes, scale))
+    return out
+
+
+def _kept(name: str, weight: Tensor, dtype: str) -> StoredTensor:
+    if dtype not in PLAIN_DTYPES:
+        raise GolfError(f"tensor {name}: type {dtype} cannot be stored; known: {', '.join(PLAIN_DTYPES)}")
+    values = weight.to(getattr(torch, dtype)).cpu().contiguous().numpy()
+    stored = StoredTensor(TensorSpec(name, tuple(weight.shape), dtype), values)
+    if dtype == "float16" and bool((torch.isfinite(weight) & (weight.abs() > _FLOAT16_MAX)).any()):
+        peak = float(weight.abs().max())
+        raise GolfError(f"tensor {name}: values up to {peak:g} do not fit float16; store it as float32")
+    stored.check_finite()
+    return stored
+
+
+def _quantised(name: str, store: Store, codes: Tensor, scale: Tensor) -> StoredTensor:
+    spec = store.spec(name, tuple(codes.shape))
+    return StoredTensor(spec, codes.cpu().contiguous().numpy(), scale.cpu().contiguous().numpy())
+
+
+def restore(tensors: Iterable[StoredTensor]) -> dict[str, Tensor]:
+    """The state dict the artifact stands for: float32 (code times stored scale); non-float tensors as they were."""
+    return {t.name: torch.from_numpy(t.dequantised().copy()) for t in tensors}
