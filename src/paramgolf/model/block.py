@@ -1,0 +1,45 @@
+"""One layer: residual mix, attention branch, feed-forward branch. Suffixes as in gpt.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from paramgolf.model.attention import Attention
+from paramgolf.model.cache import LayerCache
+from paramgolf.model.layers import rms_norm
+from paramgolf.model.mlp import MLP
+from paramgolf.recipe.sections import ModelSection
+
+
+class Block(nn.Module):
+    """x <- m0 x + m1 x0;  x <- x + a attention(rms(x));  x <- x + b mlp(rms(x)), with a, b, m0, m1 learned a channel.
+
+    Nothing in it knows its own index: all blocks of a model run the same compiled graph.
+    """
+
+    def __init__(self, section: ModelSection, activation: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        dim = section.dim
+        self.norm_eps = section.norm_eps
+        self.attn = Attention(dim, section.num_heads, section.num_kv_heads, section.qk_gain, section.norm_eps)
+        self.mlp = MLP(dim, section.mlp_hidden, activation)
+        self.attn_scale = nn.Parameter(torch.ones(dim))
+        self.mlp_scale = nn.Parameter(torch.ones(dim))
+        self.resid_mix = nn.Parameter(torch.stack((torch.ones(dim), torch.zeros(dim))))
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        x0_BTD: Tensor,
+        rope: tuple[Tensor, Tensor],
+        extras: dict[str, Tensor],
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        mix_2D = self.resid_mix.to(x_BTD.dtype)
+        x = torch.addcmul(mix_2D[0] * x_BTD, mix_2D[1], x0_BTD)
+        attention = self.attn(rms_norm(x, self.norm_eps), rope, extras, cache)
+        x = torch.addcmul(x, self.attn_scale.to(x.dtype), attention)
+        return torch.addcmul(x, self.mlp_scale.to(x.dtype), self.mlp(rms_norm(x, self.norm_eps)))

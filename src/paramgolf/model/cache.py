@@ -1,0 +1,62 @@
+"""Memory of what a model has read, so that the next token costs one position instead of the whole context."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from paramgolf.errors import GolfError
+
+
+@dataclass
+class LayerCache:
+    """Keys and values of one executed layer: buffers (B, max_len, G, K), filled up to `length`."""
+
+    max_len: int
+    length: int = 0
+    k: Tensor | None = None
+    v: Tensor | None = None
+
+    def extend(self, k_BTGK: Tensor, v_BTGK: Tensor) -> tuple[Tensor, Tensor]:
+        """Append T positions; all keys and values so far, as views."""
+        if self.k is None or self.v is None:
+            batch, _, heads, width = k_BTGK.shape
+            self.k = k_BTGK.new_empty(batch, self.max_len, heads, width)
+            self.v = torch.empty_like(self.k)
+        end = self.length + k_BTGK.shape[1]
+        self.k[:, self.length : end] = k_BTGK
+        self.v[:, self.length : end] = v_BTGK
+        self.length = end
+        return self.k[:, :end], self.v[:, :end]
+
+
+@dataclass
+class KVCache:
+    """State of incremental decoding for `GPT.logits(ids, cache)`: at most `max_len` positions of one fixed batch.
+
+    Not differentiable. When it is full the caller decides what to forget: `reset()` and read the part to keep again.
+    """
+
+    max_len: int
+    length: int = 0
+    layers: dict[int, LayerCache] = field(default_factory=dict)  # by position in the executed order
+    last: dict[str, Tensor] = field(default_factory=dict)  # the newest position of streams that parts look back on
+
+    def layer(self, position: int) -> LayerCache:
+        return self.layers.setdefault(position, LayerCache(self.max_len))
+
+    def room_for(self, tokens: int) -> None:
+        """GolfError unless `tokens` more fit."""
+        if self.length + tokens > self.max_len:
+            raise GolfError(
+                f"the cache holds {self.length} of {self.max_len} positions and {tokens} more do not fit; reset it first"
+            )
+
+    def reset(self) -> None:
+        """Forget everything; the buffers are reused."""
+        self.length = 0
+        self.last.clear()
+        for layer in self.layers.values():
+            layer.length = 0

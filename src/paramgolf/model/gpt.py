@@ -1,0 +1,242 @@
+"""The GPT: one readable decoder-only transformer, put together from what the recipe's `model` section names.
+
+    embedding [+ parts] -> RMS norm [+ parts] = x0 -> blocks with U-Net skips -> RMS norm -> head -> softcap
+
+Suffixes: B batch, T time, D model width, H query heads, G key/value heads, K head width, V vocabulary, N = B x T.
+Weights are float32 masters; matrix products run in `model.compute_dtype`, norms, rotation, logits, softcap and cross
+entropy in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from paramgolf.errors import GolfError
+from paramgolf.model.attention import AttentionChoice, choose
+from paramgolf.model.block import Block
+from paramgolf.model.cache import KVCache
+from paramgolf.model.init import init_matrices
+from paramgolf.model.layers import Linear, rms_norm
+from paramgolf.model.loss import FusedLoss, chunked_nll, nll_and_slope, softcap
+from paramgolf.model.parts.base import Flow, Part, read_config
+from paramgolf.model.registry import ACTIVATIONS, PARTS
+from paramgolf.model.rope import rope_tables, stretched_base
+from paramgolf.quant.grid import Grid
+from paramgolf.recipe.sections import ModelSection
+
+Reduction = Literal["mean", "sum", "none"]
+ROPE_TABLES_KEPT = 8
+
+
+def check_section(section: ModelSection) -> None:
+    """GolfError for sizes that do not fit together."""
+    s = section
+    if s.dim % s.num_heads:
+        raise GolfError(f"model.dim={s.dim} is not a multiple of model.num_heads={s.num_heads}; change one of them")
+    if s.num_heads % s.num_kv_heads:
+        raise GolfError(
+            f"model.num_heads={s.num_heads} is not a multiple of model.num_kv_heads={s.num_kv_heads}; change one of them"
+        )
+    if (s.dim // s.num_heads) % 2:
+        raise GolfError(
+            f"model.dim={s.dim} over model.num_heads={s.num_heads} gives heads of {s.dim // s.num_heads} channels; "
+            "rotary embedding needs an even number"
+        )
+
+
+class GPT(nn.Module):
+    """The model of a `ModelSection`. Matrices are zero until `init_weights` or a state dict fills them.
+
+    Built under `torch.device("meta")` it costs nothing and still counts its parameters.
+    """
+
+    def __init__(self, section: ModelSection, vocab_size: int) -> None:
+        super().__init__()
+        check_section(section)
+        self.section, self.vocab_size = section, vocab_size
+        self.compute_dtype = torch.float32
+        self.head_dim = section.dim // section.num_heads
+        # Rotary tables are made for at least this many positions: it matters only where the base depends on the
+        # length (rope_ref_len), to score a short window as the long ones that the model was trained on.
+        self.context_len = 0
+        self.tok_emb = nn.Embedding(vocab_size, section.dim, _weight=torch.zeros(vocab_size, section.dim))
+        activation = ACTIVATIONS[section.activation]
+        self.blocks = nn.ModuleList(Block(section, activation) for _ in range(section.num_layers))
+        self.num_encoder = section.num_layers // 2 if section.skips == "unet" else section.num_layers
+        skips = min(self.num_encoder, section.num_layers - self.num_encoder)
+        self.skip_weights = nn.Parameter(torch.ones(skips, section.dim)) if skips else None
+        self.lm_head = None if section.tie_embeddings else Linear(section.dim, vocab_size)
+        self.part_names = self._add_parts()
+        self.attention: AttentionChoice | None = None
+        self._attention_key: tuple[Any, ...] = ()
+        self._rope: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
+        self._run_block: Callable[..., Tensor] = run_block
+        self._chunk_fn = nll_and_slope
+
+    def _add_parts(self) -> tuple[str, ...]:
+        """Build the parts of the recipe and give each layer its share; their attribute names in order."""
+        names = []
+        for name, table in self.section.parts.items():
+            kind = PARTS[name]
+            config = read_config(kind.Config, table, f"model.parts.{name}")
+            part: Part = kind(config, self.section, self.vocab_size)
+            self.add_module(kind.attribute, part)
+            names.append(kind.attribute)
+            for index, block in enumerate(self.blocks):
+                share = part.for_layer(index)
+                if share is not None:
+                    block.attn.add_module(kind.attribute, share)
+                    block.attn.layer_parts += (kind.attribute,)
+        return tuple(names)
+
+    # -- set-up ------------------------------------------------------------------------------------------------
+
+    def init_weights(self, seed: int) -> None:
+        """Draw every matrix (see init.py); equal on every device and rank."""
+        init_matrices(self, self.section, seed)
+
+    def set_qat(self, grid: Grid | None) -> None:
+        """Fake-quantise every linear weight in training mode with `grid`, or stop (None). Evaluation is never touched.
+
+        The switch is a guarded Python attribute: compiled blocks have exactly two training graphs, with and without,
+        each built at its first use; switching back and forth afterwards does not recompile.
+        """
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.grid = grid
+
+    def use_attention(self, name: str = "auto", device: torch.device | str | None = None) -> AttentionChoice:
+        """Choose the attention kernel for `device` (default: where the weights are) and the compute dtype.
+
+        The choice is kept in `model.attention` with the reason for any fallback. Without a call it is "auto".
+        """
+        where = torch.device(device) if device is not None else self.tok_emb.weight.device
+        self.attention = choose(name, where, self.compute_dtype, self.head_dim)
+        self._attention_key = (where.type, self.compute_dtype, name)
+        for block in self.blocks:
+            block.attn.attend = self.attention.attend
+        return self.attention
+
+    def compile_regions(self, mode: str | None = None) -> None:
+        """Compile the block and the loss chunk; the blocks share one graph, so the time does not grow with the layers.
+
+        Shapes are static: each new (B, T), training or not, QAT or not, costs one more compilation. Use `eager()` for
+        odd shapes. Decoding with a cache always runs eagerly. `mode` is torch.compile's.
+        """
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        self._run_block = torch.compile(run_block, dynamic=False, fullgraph=True, mode=mode)
+        self._chunk_fn = torch.compile(nll_and_slope, dynamic=False, fullgraph=True, mode=mode)
+
+    @contextmanager
+    def eager(self) -> Iterator[None]:
+        """Inside, nothing compiled runs (for shapes that come once)."""
+        kept = self._run_block, self._chunk_fn
+        self._run_block, self._chunk_fn = run_block, nll_and_slope
+        try:
+            yield
+        finally:
+            self._run_block, self._chunk_fn = kept
+
+    # -- computation -------------------------------------------------------------------------------------------
+
+    def forward(self, ids_BT: Tensor, targets_BT: Tensor | None = None, reduction: Reduction = "mean") -> Tensor:
+        """Cross entropy in nats, float32: the mean (or sum) over targets that are not -1, or with reduction "none"
+        each position's (B, T), 0 where ignored. Without targets: the logits (B, T, V)."""
+        if targets_BT is None:
+            return self.logits(ids_BT)
+        h_ND = self.hidden(ids_BT).flatten(0, 1)
+        targets_N, w_VD, cap = targets_BT.reshape(-1), self.head_weight(), self.section.logit_softcap
+        if reduction == "none":
+            return chunked_nll(h_ND, w_VD, targets_N, cap).view(targets_BT.shape)
+        if torch.is_grad_enabled() and (h_ND.requires_grad or w_VD.requires_grad):
+            total = FusedLoss.apply(h_ND, w_VD, targets_N, cap, self._chunk_fn)
+        else:
+            total = chunked_nll(h_ND, w_VD, targets_N, cap).sum()
+        return total if reduction == "sum" else total / (targets_N >= 0).sum().clamp_min(1)
+
+    def logits(self, ids_BT: Tensor, cache: KVCache | None = None, *, last_only: bool = False) -> Tensor:
+        """(B, T, V) float32 logits after the softcap; `last_only` gives (B, 1, V) for the last position.
+
+        With a cache, `ids_BT` continue what the cache has read, and no gradient is kept.
+        """
+        with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
+            h_BTD = self.hidden(ids_BT, cache)
+            h_BTD = h_BTD[:, -1:] if last_only else h_BTD
+            z_BTV = F.linear(h_BTD, self.head_weight().to(h_BTD.dtype))
+            return softcap(z_BTV.float(), self.section.logit_softcap)
+
+    def head_weight(self) -> Tensor:
+        """(V, D) float32 weight of the output layer."""
+        return self.tok_emb.weight if self.lm_head is None else self.lm_head.effective_weight()
+
+    def hidden(self, ids_BT: Tensor, cache: KVCache | None = None) -> Tensor:
+        """(B, T, D) final normalised stream in the compute dtype: what the head reads."""
+        self._ready_attention(ids_BT.device)
+        flow = Flow(ids_BT, cache)
+        start = 0
+        if cache is not None:
+            cache.room_for(ids_BT.shape[1])
+            start = cache.length
+        x = self.embed(flow)
+        x = self._run_layers(x, flow, self._rope_for(start, ids_BT, cache))
+        if cache is not None:
+            cache.length += ids_BT.shape[1]
+        return rms_norm(x, self.section.norm_eps)
+
+    def embed(self, flow: Flow) -> Tensor:
+        """(B, T, D) stream that enters the first layer; it is also the x0 of every residual mix."""
+        parts: list[Part] = [getattr(self, name) for name in self.part_names]
+        x = F.embedding(flow.ids_BT, self.tok_emb.weight).to(self.compute_dtype)
+        for part in parts:
+            x = part.on_embedding(x, flow)
+        x = rms_norm(x, self.section.norm_eps)
+        for part in parts:
+            x = part.on_stream(x, flow)
+        return x
+
+    def _run_layers(self, x: Tensor, flow: Flow, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """Encoder layers push their outputs, decoder layers add them back, last pushed first."""
+        x0, stack = x, []
+        for position, block in enumerate(self.blocks):
+            join = position - self.num_encoder
+            if join >= 0 and stack:
+                assert self.skip_weights is not None
+                x = torch.addcmul(x, self.skip_weights[join].to(x.dtype), stack.pop())
+            if flow.cache is None:
+                x = self._run_block(block, x, x0, rope, flow.extras)
+            else:
+                x = run_block(block, x, x0, rope, flow.extras, flow.cache.layer(position))
+            if position < self.num_encoder and self.skip_weights is not None:
+                stack.append(x)
+        return x
+
+    def _ready_attention(self, device: torch.device) -> None:
+        """(Re)choose the kernel when there is none yet, or the device or compute dtype changed since."""
+        name = self._attention_key[2] if self._attention_key else "auto"
+        if self._attention_key != (device.type, self.compute_dtype, name):
+            self.use_attention(name, device)
+
+    def _rope_for(self, start: int, ids_BT: Tensor, cache: KVCache | None) -> tuple[Tensor, Tensor]:
+        """(T, K/2) tables of the positions start .. start + T - 1. With a cache, the base is that of its full length."""
+        s, length = self.section, ids_BT.shape[1]
+        made_for = length if cache is None else cache.max_len
+        base = stretched_base(s.rope_base, max(made_for, self.context_len), s.rope_ref_len, self.head_dim)
+        key = (made_for, base, ids_BT.device)
+        if key not in self._rope:
+            if len(self._rope) >= ROPE_TABLES_KEPT:
+                self._rope.pop(next(iter(self._rope)))
+            cos, sin = rope_tables(made_for, self.head_dim, base)
+            self._rope[key] = (cos.to(ids_BT.device), sin.to(ids_BT.device))
+        cos, sin = self._rope[key]
+        return (cos, sin) if cache is None else (cos[start : start + length], sin[start : start + length])
+
+
+def run_block(block: Block, *inputs: Any) -> Tensor:
+    """One block. A function of its own, so that compiling it gives one cache of graphs shared by all blocks."""
+    return block(*inputs)

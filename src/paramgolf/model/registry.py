@@ -1,0 +1,31 @@
+"""What a recipe can name in its `model` section. Adding a component is one file and one line here."""
+
+from __future__ import annotations
+
+from paramgolf.registry import Registry
+
+PARTS = Registry(
+    "model part",
+    {
+        "bigram_hash": "paramgolf.model.parts.bigram_hash:BigramHash",
+        "smear_gate": "paramgolf.model.parts.smear_gate:SmearGate",
+    },
+)
+
+ACTIVATIONS = Registry(
+    "activation",
+    {
+        "relu2": "paramgolf.model.mlp:relu2",
+        "leaky_relu2": "paramgolf.model.mlp:leaky_relu2",
+    },
+)
+
+# Order of preference of attention = "auto": the first that can run is taken.
+ATTENTION_BACKENDS = Registry(
+    "attention backend",
+    {
+        "fa3": "paramgolf.model.backends:FlashAttention3",
+        "sdpa": "paramgolf.model.backends:ScaledDotProduct",
+        "math": "paramgolf.model.backends:PlainMath",
+    },
+)

@@ -1,0 +1,28 @@
+"""Rotary position embedding, half-split layout: channel i is paired with channel i + K/2."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def stretched_base(base: float, length: int, ref_len: int, head_dim: int) -> float:
+    """The base for inputs of `length` tokens: PR 114 stretches it beyond its reference length (0 = never)."""
+    if ref_len and length > ref_len and head_dim > 2:
+        return base * (length / ref_len) ** (head_dim / (head_dim - 2))
+    return base
+
+
+def rope_tables(length: int, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
+    """(cos, sin) float32 of shape (length, head_dim / 2); angles are formed in float64 on the CPU, so that every
+    device sees the same tables."""
+    inverse = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    angle = torch.outer(torch.arange(length, dtype=torch.float64), inverse)
+    return angle.cos().float(), angle.sin().float()
+
+
+def apply_rope(x_BTHK: Tensor, cos_TJ: Tensor, sin_TJ: Tensor) -> Tensor:
+    """Rotate the pairs (x[i], x[i + K/2]) by the angle of their position: J = K/2."""
+    cos, sin = cos_TJ[None, :, None, :], sin_TJ[None, :, None, :]
+    a, b = x_BTHK.chunk(2, dim=-1)
+    return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)

@@ -1,0 +1,152 @@
+"""Integer grids: how a row of float weights becomes small integers and one scale, and back.
+
+One object is used by quantisation-aware training (`fake_quantize`) and by export (`quantize`, `dequantize`), so the
+two cannot disagree. Shapes: w_RC float weights, codes_RC int8, scale_R (one scale a row; a vector or a scalar has one
+scale for the whole tensor). Rounding is half to even.
+
+By default the scale is rounded to its stored type first and the codes are computed with that stored value; there is no
+absolute floor. A row of zeros gets the scale 1 and codes 0. A row so small that its scale underflows to zero in the
+stored type is stored as zeros (an error below 1e-5 for fp16 scales), never divided by zero.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from paramgolf.errors import GolfError
+from paramgolf.recipe.sections import GridSection
+
+# Fractions of the row maximum tried by clip = "search" (PR 137's script); the first of equals wins.
+SEARCH_FACTORS = (0.85, 0.90, 0.925, 0.95, 0.975, 0.99, 0.995, 1.0)
+# A row whose standard deviation is below this part of its maximum is constant: k x std says nothing about its range.
+CONSTANT_ROW = 1e-6
+_DTYPES = {"float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The integer grid of a `GridSection`; pure functions of tensors, on any device."""
+
+    section: GridSection
+    qmax: int = field(init=False)  # largest code
+    qmin: int = field(init=False)  # smallest code
+    scale_dtype: torch.dtype = field(init=False)
+
+    def __post_init__(self) -> None:
+        s = self.section
+        if s.clip == "quantile" and not 0 < s.clip_value <= 1:
+            raise GolfError(f"clip_value {s.clip_value} of a quantile grid must lie in (0, 1]; set clip_value=0.9999984")
+        if s.clip == "sdclip" and s.clip_value <= 0:
+            raise GolfError("clip_value of an sdclip grid is the k of k x std and must be above 0; set clip_value=12.85")
+        qmax = 2 ** (s.bits - 1) - 1
+        object.__setattr__(self, "qmax", qmax)
+        object.__setattr__(self, "qmin", -qmax - 1 if s.low_code == "full" else -qmax)
+        object.__setattr__(self, "scale_dtype", _DTYPES[s.scale_dtype])
+
+    def quantize(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        """(codes int8 shaped like `w`, scale in the stored type: (R,) for a matrix, () for a vector or scalar).
+
+        More than two dimensions: every row along the last one has its scale, shaped `w.shape[:-1]`.
+        Raises GolfError on NaN or infinity.
+        """
+        if not w.is_floating_point():
+            raise GolfError(f"only float tensors can be quantised, this one is {w.dtype}; store it as it is")
+        if not bool(torch.isfinite(w).all()):
+            raise GolfError(f"weights of shape {tuple(w.shape)} hold NaN or infinity and cannot be quantised; train again")
+        rows = w.detach().float().reshape(1, -1) if w.ndim < 2 else w.detach().float()
+        codes, stored = self._codes(rows)
+        codes = codes.to(torch.int8)
+        return (codes.reshape(w.shape), stored.reshape(())) if w.ndim < 2 else (codes, stored.squeeze(-1))
+
+    def dequantize(self, codes: Tensor, scale: Tensor) -> Tensor:
+        """float32(codes) x float32(scale), one scale a row."""
+        return codes.float() * (scale.float() if scale.ndim == 0 else scale.float().unsqueeze(-1))
+
+    def fake_quantize(self, w: Tensor) -> Tensor:
+        """`dequantize(*quantize(w))` in float32 whose gradient with respect to `w` is the identity, also where clipped.
+
+        No data-dependent Python and no check for NaN: made for `torch.compile`.
+        """
+        w = w.float()
+        with torch.no_grad():
+            rows = w.reshape(1, -1) if w.ndim < 2 else w
+            codes, stored = self._codes(rows)
+            value = (codes * stored.float()).reshape(w.shape)
+        # value + 0 exactly, with the gradient of w: adding (value - w) to w instead would round.
+        return value + (w - w.detach())
+
+    def choose_scale(self, rows_RC: Tensor) -> tuple[Tensor, Tensor]:
+        """(scale_R1 float32 before it is rounded to the stored type, clip_R1: largest magnitude the grid is made for)."""
+        s = self.section
+        if s.clip == "search":
+            return self._search(rows_RC)
+        peak = rows_RC.abs().amax(-1, keepdim=True)
+        if s.clip == "quantile":
+            clip = row_quantile(rows_RC.abs(), s.clip_value)
+        elif s.clip == "sdclip":
+            std = rows_RC.std(-1, keepdim=True, correction=1 if rows_RC.shape[-1] > 1 else 0)
+            clip = torch.where(std > CONSTANT_ROW * peak, s.clip_value * std, peak)
+        else:
+            clip = peak
+        return self._scale_of(clip)
+
+    def _scale_of(self, clip_R1: Tensor) -> tuple[Tensor, Tensor]:
+        """(scale, clip) after the lower bounds of the section; scale 1 where there is nothing to represent."""
+        s = self.section
+        clip = clip_R1.clamp_min(s.eps) if s.eps else clip_R1
+        scale = clip / self.qmax
+        if s.floor:
+            scale = scale.clamp_min(s.floor)
+        largest = torch.finfo(self.scale_dtype).max
+        return torch.where(scale == 0, 1.0, scale.clamp_max(largest)), clip
+
+    def _codes(self, rows_RC: Tensor) -> tuple[Tensor, Tensor]:
+        """(codes as float32 integers, scale_R1 in the stored type)."""
+        scale, clip = self.choose_scale(rows_RC)
+        stored = scale.to(self.scale_dtype)
+        return self._round(rows_RC, stored.float() if self.section.round_scale_first else scale, clip), stored
+
+    def _round(self, rows_RC: Tensor, scale_R1: Tensor, clip_R1: Tensor) -> Tensor:
+        if self.section.clip in ("quantile", "search"):  # a floored scale leaves room above the clip: cut first
+            rows_RC = torch.minimum(torch.maximum(rows_RC, -clip_R1), clip_R1)
+        safe = torch.where(scale_R1 == 0, 1.0, scale_R1)
+        codes = torch.round(rows_RC / safe).clamp(self.qmin, self.qmax)
+        return torch.where(scale_R1 == 0, 0.0, codes)
+
+    def _search(self, rows_RC: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the clip factors, for each row the one with the least squared error of what will be decoded."""
+        peak = rows_RC.abs().amax(-1, keepdim=True)
+        best_scale, best_clip = self._scale_of(peak * SEARCH_FACTORS[0])
+        best_error: Tensor | None = None
+        for factor in SEARCH_FACTORS:
+            scale, clip = self._scale_of(peak * factor)
+            used = scale.to(self.scale_dtype).float() if self.section.round_scale_first else scale
+            decoded = self._round(rows_RC, used, clip) * used
+            error = (decoded - rows_RC).square().mean(-1, keepdim=True)
+            if best_error is None:
+                best_error = error
+                continue
+            better = error < best_error
+            best_error = torch.where(better, error, best_error)
+            best_scale = torch.where(better, scale, best_scale)
+            best_clip = torch.where(better, clip, best_clip)
+        return best_scale, best_clip
+
+
+def row_quantile(rows_RC: Tensor, q: float) -> Tensor:
+    """(R, 1) linearly interpolated quantile of each row, as `torch.quantile` defines it.
+
+    Only the values from the lower neighbour up are ordered: two of them for the levels near 1 that clipping uses,
+    where a full sort of every weight in every training step would dominate.
+    """
+    last = rows_RC.shape[-1] - 1
+    rank = float(np.float32(q) * np.float32(last))  # the rank is formed in float32 there too
+    low = min(int(rank), last)
+    top = torch.topk(rows_RC, last - low + 1, dim=-1).values
+    lower = top[..., -1:]
+    upper = top[..., -2:-1] if low < last else lower
+    return torch.lerp(lower, upper, rank - low)
