@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ class Adam:
             if param.dtype != torch.float32:
                 raise GolfError(f"parameter '{name}' is {param.dtype}; optimizers keep float32 master weights")
         self.names = [name for name, _ in pairs]
-        self.params = [param for _, param in pairs]
+        self.params: list[Tensor] = [param for _, param in pairs]
         self.betas = betas
         self.eps = eps
         self.weight_decay = weight_decay
@@ -63,7 +64,7 @@ class Adam:
             out[f"square.{name}"] = square.clone()
         return out
 
-    def load_state_dict(self, state: dict[str, Tensor | int]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` gave."""
         self.steps = int(state["steps"])
         for name, mean, square in zip(self.names, self.mean, self.square, strict=True):

@@ -41,7 +41,7 @@ def assign_owners(shapes: Sequence[tuple[int, int]], world: int) -> list[int]:
 class Bucket:
     """This rank's matrices of one shape, with their state stacked: `state[key]` is (B, ...) float32."""
 
-    def __init__(self, names: list[str], params: list[Parameter], state: State) -> None:
+    def __init__(self, names: list[str], params: list[Tensor], state: State) -> None:
         self.names = names
         self.params = params
         self.state = state
@@ -68,7 +68,7 @@ class Muon:
         self.dist = dist
         self.dtype = dtype
         self.names: list[str] = []
-        self.params: list[Parameter] = []
+        self.params: list[Tensor] = []
         for name, param in named:
             if param.ndim != 2 or param.dtype != torch.float32:
                 raise GolfError(
