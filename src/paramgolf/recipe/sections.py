@@ -64,7 +64,7 @@ class OptimSection:
     momentum: Fraction = 0.95
     nesterov: bool = True
     ns_steps: Positive = 5
-    ns_dtype: Literal["auto", "float32", "bfloat16", "fast"] = "auto"  # auto = bfloat16 on CUDA; fast = wherever quicker
+    ns_dtype: Literal["auto", "float32", "bfloat16", "fast"] = "auto"  # auto = bfloat16 on CUDA; fast = if quicker
     matrix_beta2: Fraction = 0.95  # normuon: decay of the row statistic
     beta1: Fraction = 0.9
     beta2: Fraction = 0.95
