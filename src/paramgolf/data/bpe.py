@@ -1,0 +1,91 @@
+"""Training a byte-pair tokenizer: SentencePiece BPE, rebuilt as a canonical model that changes nothing in the text."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+
+import sentencepiece
+
+from paramgolf.data.sp_model import NORMAL, SPACE, build, own_pieces, parse
+from paramgolf.data.tokenizer import Tokenizer
+from paramgolf.errors import GolfError
+
+BYTE_PIECES = 260  # 4 controls and 256 bytes
+_SENTENCE = 4000  # characters given to the trainer at once; it counts words, so the cut only must fall on a blank
+_CUT = re.compile(r"(?<=[^ ]) ")
+_NOT_TRAINED = re.compile("[\0\t\u2581\u2585\ufffd]")  # characters SentencePiece's trainer skips or reserves
+
+
+def _sentences(text: str) -> Iterator[str]:
+    start = 0
+    while start < len(text):
+        found = _CUT.search(text, start + _SENTENCE)
+        end = found.start() if found else len(text)
+        yield text[start:end]
+        start = end
+
+
+def _alphabet(texts: list[str], limit: int) -> tuple[int, int]:
+    """(how many characters get a piece, their occurrences): frequent enough to pay for a place in the vocabulary."""
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(text)
+    total = sum(counts.values())
+    least = max(4, total // 200_000)
+    kept = [n for char, n in counts.most_common(limit) if n >= least]
+    return len(kept), sum(kept)
+
+
+def train_bpe(documents: Iterable[bytes], vocab_size: int, *, split_digits: bool = True) -> Tokenizer:
+    """A reversible tokenizer of at most `vocab_size` pieces learned from `documents` (UTF-8, held in memory).
+
+    A text too short for so many merges gives fewer pieces; `vocab_size` <= 260 or hardly any text gives bytes alone.
+    The result depends on the text and the arguments only.
+    """
+    if vocab_size < BYTE_PIECES:
+        raise GolfError(f"data.vocab_size = {vocab_size}: the 4 controls and 256 bytes alone take {BYTE_PIECES} pieces")
+    texts = [_NOT_TRAINED.sub("\n", str(document, "utf-8", "replace")) for document in documents]
+    room = vocab_size - BYTE_PIECES
+    merges, chars = _learn(texts, room, split_digits) if room and any(texts) else ([], [])
+    return Tokenizer(build(own_pieces(merges, chars)))
+
+
+def _learn(texts: list[str], room: int, split_digits: bool) -> tuple[list[str], list[str]]:
+    """(merged pieces in priority order, single characters in code-point order), together at most `room`."""
+    total = sum(map(len, texts))
+    letters, kept = _alphabet(texts, max(room // 2, 1))
+    if letters < 2:
+        return [], []
+    out = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=(sentence for text in texts for sentence in _sentences(text)),
+            model_writer=out,
+            model_type="bpe",
+            vocab_size=BYTE_PIECES + room,
+            hard_vocab_limit=False,
+            character_coverage=max(kept - 0.5, 0.5) / total,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            byte_fallback=True,
+            split_digits=split_digits,
+            pad_id=0,
+            bos_id=1,
+            eos_id=2,
+            unk_id=3,
+            max_sentence_length=1 << 30,
+            minloglevel=3,
+        )
+    except RuntimeError as error:
+        if "ocabulary" in str(error) or "sentences" in str(error):  # too little text to learn anything from
+            return [], []
+        raise GolfError(f"training the tokenizer failed: {error}") from error
+    found = [piece.text for piece in parse(out.getvalue()).pieces if piece.kind == NORMAL]
+    chars = sorted({text for text in found if len(text) == 1} | {SPACE})
+    merges = [text for text in found if len(text) > 1][: room - len(chars)]
+    return merges, chars

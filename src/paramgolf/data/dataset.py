@@ -1,0 +1,113 @@
+"""From a source of text to a dataset: tokenizer, shards, held-back documents and the passport that ties them together."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from paramgolf.data import build, official, sources
+from paramgolf.data.build import PASSPORT, TOKENIZER, VAL_TEXT, Progress
+from paramgolf.data.shards import open_shard
+from paramgolf.data.tokenizer import Tokenizer
+from paramgolf.errors import GolfError
+from paramgolf.recipe.sections import DataSection
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Tokens to train on and to score, with what is needed to count bytes.
+
+    val_bytes: true bytes of the validation documents, None for shards that come without their documents.
+    val_text: those documents as a plain text file (0x1E and newline between them), None likewise.
+    passport: hashes and counts (JSON-able), see `build.py`.
+    """
+
+    root: Path
+    tokenizer: Tokenizer
+    train_shards: list[Path]
+    val_shards: list[Path]
+    val_bytes: int | None
+    val_text: Path | None
+    passport: dict[str, Any]
+
+    def train_tokens(self) -> list[np.memmap]:
+        """The training shards as memory maps, uint16."""
+        return [open_shard(path) for path in self.train_shards]
+
+    def val_tokens(self) -> np.ndarray:
+        """The whole validation stream, uint16 (n,)."""
+        return np.concatenate([open_shard(path) for path in self.val_shards])
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Dataset:
+        """A folder made by `prepare`."""
+        folder = Path(folder)
+        try:
+            passport = json.loads((folder / PASSPORT).read_text())
+            text = folder / VAL_TEXT
+            return cls(
+                root=folder,
+                tokenizer=Tokenizer.load(folder / TOKENIZER),
+                train_shards=[folder / shard["name"] for shard in passport["train"]["shards"]],
+                val_shards=[folder / shard["name"] for shard in passport["val"]["shards"]],
+                val_bytes=passport["val"]["bytes"],
+                val_text=text if text.is_file() else None,
+                passport=passport,
+            )
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise GolfError(f"{folder}: not a prepared dataset ({error}); prepare it again") from error
+
+
+def prepare(
+    section: DataSection,
+    source: str | Path | None = None,
+    *,
+    cache: Path,
+    progress: Progress | None = None,
+    workers: int = 0,
+    out: Path | None = None,
+) -> Dataset:
+    """The dataset of `source` (default: section.train; "" = the built-in corpus, "-" = standard input).
+
+    Text, JSONL and parquet are tokenised into `cache / <content hash>` (or `out`), once for the same content and
+    settings. A folder of shards is used where it is. workers: processes, 0 = one for each processor.
+    """
+    name = str(source if source is not None else section.train)
+    folder = Path(name).expanduser()
+    if name and folder.is_dir():
+        if (folder / PASSPORT).is_file():
+            dataset = Dataset.open(folder)
+            official.check_vocabulary(dataset.tokenizer, section, where=str(folder / TOKENIZER), given=True)
+            return dataset
+        if official.has_shards(folder):
+            shards = official.find(folder, section)
+            return Dataset(folder, shards.tokenizer, shards.train, shards.val, None, None, shards.passport)
+    if name and folder.suffix == ".bin":
+        raise GolfError(f"{name}: give the folder of the shards, not one shard")
+    return Dataset.open(build.build(section, name, cache=Path(cache), out=out, progress=progress, workers=workers))
+
+
+def open_text(source: str | Path, tokenizer: Tokenizer, *, field: str = "text") -> tuple[np.ndarray, int | None, list[int]]:
+    """(tokens uint16 with BOS before each document, true bytes, bytes of each document) of the whole of `source`.
+
+    Of a folder: its validation part if it has one. Shards carry no documents: (tokens, None, []).
+    """
+    path = Path(source).expanduser()
+    if path.is_dir() and (path / VAL_TEXT).is_file() and (path / PASSPORT).is_file():
+        path = path / VAL_TEXT
+    elif path.is_dir() and official.has_shards(path):
+        _, val = official.shard_files(path)
+        return np.concatenate([open_shard(p, tokenizer.vocab_size) for p in val]), None, []
+    elif path.suffix == ".bin":
+        return np.array(open_shard(path, tokenizer.vocab_size)), None, []
+    found, _ = sources.find(path, field)
+    held = [s for s in found if sources.is_validation(s)]
+    documents = [d.data for s in (held if held and path.is_dir() else found) for d in s.documents()]
+    if not documents:
+        raise GolfError(f"{source}: the text is empty; nothing to score")
+    sizes = [len(document) for document in documents]
+    return tokenizer.encode_documents(documents), sum(sizes), sizes

@@ -1,0 +1,233 @@
+"""The tokenizer of a run: a SentencePiece model, encoded exactly where the model allows it.
+
+Our own models (see `bpe.py`) carry every byte string unchanged. Two things keep SentencePiece itself from that:
+it writes blanks as U+2581, so a real U+2581 would come back as a blank, and it replaces invalid UTF-8. Both go
+through byte pieces here and never reach it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+
+from paramgolf.data import compact, sp_model, token_bytes
+from paramgolf.data.sp_model import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, UNUSED, USER_DEFINED
+from paramgolf.data.token_bytes import TokenBytes
+from paramgolf.errors import GolfError
+from paramgolf.files import sha256_bytes
+
+Buffer = bytes | bytearray | memoryview
+
+CHUNK_BYTES = 1 << 20  # a long document is encoded in parts of about this size
+_WORDS = re.compile(r" +[^ ]*|[^ ]+")
+_CACHE_WORDS = 300_000  # words remembered; about 60 MB at most
+_CACHE_WORD_LENGTH = 48  # longer words hardly repeat
+
+
+class _WordCache(dict[str, bytes]):
+    """Word -> its tokens as uint16 bytes, filled on first use.
+
+    A word is a run of blanks and what follows up to the next blank. No piece reaches over the start of a run of
+    blanks, so BPE of the text is the concatenation of BPE of its words: same tokens, several times faster.
+    """
+
+    def __init__(self, processor: sentencepiece.SentencePieceProcessor) -> None:
+        super().__init__()
+        self._processor = processor
+
+    def __missing__(self, word: str) -> bytes:
+        tokens = np.array(self._processor.encode(word), dtype=np.uint16).tobytes()
+        if len(word) <= _CACHE_WORD_LENGTH and len(self) < _CACHE_WORDS:
+            self[word] = tokens
+        return tokens
+
+
+class Tokenizer:
+    """Text to token ids and back. Ids pad 0, bos 1, eos 2, unk 3 in our models; other models keep their own."""
+
+    def __init__(self, model: bytes) -> None:
+        """`model`: bytes of a SentencePiece .model file. GolfError if it is none or does not fit in uint16 ids."""
+        self._model = bytes(model)
+        self._spec = sp_model.parse(self._model)
+        self.vocab_size = len(self._spec.pieces)
+        if self.vocab_size > 65536:
+            raise GolfError(f"tokenizer has {self.vocab_size} pieces; the shard format holds at most 65536")
+        self._processor = sentencepiece.SentencePieceProcessor()
+        try:
+            self._processor.LoadFromSerializedProto(self._model)
+        except (RuntimeError, OSError, ValueError) as error:
+            raise GolfError(f"SentencePiece refuses the tokenizer model: {error}") from error
+        bos = self._spec.ids["bos"]
+        if not 0 <= bos < self.vocab_size:
+            raise GolfError("the tokenizer has no begin-of-document token (bos), which every document starts with")
+        self.bos_id = bos
+        self.reversible = self._is_reversible()
+        self.token_bytes: TokenBytes = token_bytes.table(self._spec, self.reversible)
+
+    @classmethod
+    def load(cls, source: str | Path | bytes) -> Tokenizer:
+        """From a .model file or its bytes."""
+        if isinstance(source, bytes):
+            return cls(source)
+        path = Path(source)
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise GolfError(f"cannot read tokenizer {path}: {error.strerror or error}") from error
+        try:
+            return cls(data)
+        except GolfError as error:
+            raise GolfError(f"{path}: {error}") from error
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Tokenizer:
+        return cls(data)
+
+    @classmethod
+    def from_compact(cls, data: bytes) -> Tokenizer:
+        """From what `compact()` gave."""
+        return cls(compact.unpack(data))
+
+    def to_bytes(self) -> bytes:
+        """The .model file."""
+        return self._model
+
+    def compact(self) -> bytes:
+        """The smallest form of the same model file, for the artifact."""
+        return compact.pack(self._model)
+
+    @cached_property
+    def sha256(self) -> str:
+        return sha256_bytes(self._model)
+
+    @property
+    def pieces(self) -> list[str]:
+        """Text of every token, blanks as U+2581."""
+        return [piece.text for piece in self._spec.pieces]
+
+    def _is_reversible(self) -> bool:
+        spec = self._spec
+        plain = spec.model_type == sp_model.BPE and not spec.charsmap and not spec.whitespace_suffix
+        plain = plain and spec.escape_blanks and not spec.dummy_prefix and not spec.squeeze_blanks
+        only_text = all(p.kind in (NORMAL, BYTE, CONTROL, UNKNOWN) for p in spec.pieces)
+        return bool(plain and spec.byte_fallback and only_text and (self._byte_ids >= 0).all())
+
+    @cached_property
+    def _byte_ids(self) -> np.ndarray:
+        """int32 (256,): id of each byte piece, -1 where there is none."""
+        ids = np.full(256, -1, np.int32)
+        for index, piece in enumerate(self._spec.pieces):
+            if piece.kind == BYTE and re.fullmatch(r"<0x[0-9A-F]{2}>", piece.text):
+                ids[int(piece.text[3:5], 16)] = index
+        return ids
+
+    @cached_property
+    def _normal_pieces(self) -> set[str]:
+        return {p.text for p in self._spec.pieces if p.kind in (NORMAL, USER_DEFINED)}
+
+    @cached_property
+    def _by_bytes(self) -> re.Pattern[str]:
+        """What must go through byte pieces: U+2581, invalid bytes, and blanks where no piece stands for them."""
+        blank = "" if SPACE in self._normal_pieces else " "
+        return re.compile(f"([{SPACE}\udc80-\udcff{blank}]+)")
+
+    @cached_property
+    def _words(self) -> _WordCache | None:
+        """The word cache, if no piece reaches over the start of a run of blanks."""
+        inner = any(SPACE in text.lstrip(SPACE) for text in self._normal_pieces)
+        return None if inner or not self.reversible else _WordCache(self._processor)
+
+    def encode(self, text: str | Buffer) -> np.ndarray:
+        """Token ids of one text, without BOS; uint16 (n,).
+
+        Exact for every bytes input when `reversible`; other tokenizers normalise as their model says, and invalid
+        UTF-8 becomes U+FFFD there. Lone surrogates in a str stand for single bytes ("surrogateescape").
+        """
+        if not isinstance(text, str):
+            text = str(text, "utf-8", "surrogateescape")
+        if not self.reversible:
+            clean = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+            return np.array(self._processor.encode(clean), dtype=np.uint16)
+        if not self._normal_pieces:
+            return self._bytes_as_ids(text)
+        parts = self._by_bytes.split(text)
+        if len(parts) == 1:
+            return self._encode_plain(text)
+        done = [self._bytes_as_ids(part) if i % 2 else self._encode_plain(part) for i, part in enumerate(parts)]
+        return np.concatenate(done)
+
+    def _bytes_as_ids(self, text: str) -> np.ndarray:
+        try:
+            raw = text.encode("utf-8", "surrogateescape")
+        except UnicodeEncodeError as error:
+            raise GolfError(f"the text has a lone surrogate at character {error.start}; give bytes instead") from error
+        return self._byte_ids[np.frombuffer(raw, np.uint8)].astype(np.uint16)
+
+    def _encode_plain(self, text: str) -> np.ndarray:
+        if not text:
+            return np.zeros(0, np.uint16)
+        if self._words is None:
+            return np.array(self._processor.encode(text), dtype=np.uint16)
+        return np.frombuffer(b"".join(map(self._words.__getitem__, _WORDS.findall(text))), dtype=np.uint16)
+
+    def encode_chunks(self, document: Buffer) -> Iterator[np.ndarray]:
+        """The tokens of one document, BOS first, in parts: the concatenation equals encoding it whole."""
+        yield np.array([self.bos_id], dtype=np.uint16)
+        for start, end in self.cuts(document):
+            yield self.encode(document[start:end])
+
+    def cuts(self, document: Buffer, size: int = CHUNK_BYTES) -> Iterator[tuple[int, int]]:
+        """(start, end) of parts of about `size` bytes at places where cutting does not change the tokens."""
+        total, start = len(document), 0
+        while start < total:
+            end = total
+            if self._words is not None:
+                end = self._safe_cut(document, start + size, total)
+            yield start, end
+            start = end
+
+    @staticmethod
+    def _safe_cut(document: Buffer, at: int, total: int) -> int:
+        """The first place from `at` on where a blank follows a non-blank."""
+        while at < total:
+            window = bytes(document[at - 1 : at + 65536])
+            found = re.search(rb"(?<=[^ ]) ", window)
+            if found:
+                return at - 1 + found.start()
+            at += 65536
+        return total
+
+    def encode_documents(self, documents: Iterable[Buffer]) -> np.ndarray:
+        """All documents as one stream, BOS before each; uint16 (n,)."""
+        parts = [part for document in documents for part in self.encode_chunks(document)]
+        return np.concatenate(parts) if parts else np.zeros(0, np.uint16)
+
+    @cached_property
+    def piece_bytes(self) -> list[bytes]:
+        """What each token decodes to; empty for controls."""
+        out = []
+        for piece in self._spec.pieces:
+            if piece.kind == BYTE:
+                out.append(bytes([int(piece.text[3:5], 16)]))
+            elif piece.kind in (CONTROL, UNUSED):
+                out.append(b"")
+            elif piece.kind == UNKNOWN:
+                out.append(" \u2047 ".encode())
+            else:
+                out.append(piece.text.replace(SPACE, " ").encode())
+        return out
+
+    def decode(self, ids: np.ndarray | Iterable[int]) -> bytes:
+        """The bytes the tokens stand for; controls give nothing. GolfError for an id outside the vocabulary."""
+        table, out = self.piece_bytes, []
+        for index in ids:
+            if not 0 <= index < self.vocab_size:
+                raise GolfError(f"token id {int(index)} is outside the vocabulary of {self.vocab_size}")
+            out.append(table[index])
+        text = b"".join(out)
+        return text[1:] if self._spec.dummy_prefix and text.startswith(b" ") else text
