@@ -10,8 +10,10 @@ import numpy as np
 from paramgolf.pack.codecs.base import Codec, CodeSpec, CodeTensor
 from paramgolf.pack.registry import CODECS
 
-_EXACT_LIMIT = 1 << 21  # codes; up to so many every codec is run in full
-_SAMPLE_ROWS = 32  # rows of each matrix in the sample, at the least
+_EXACT_LIMIT = 1 << 19  # codes; up to so many every codec is run in full
+_SAMPLE = 1 << 18  # codes on which the slow ones are compared beyond that
+_SAMPLE_ROWS = 16  # rows of each matrix in the sample, at the least
+_FAST = ("rans",)  # always run in full
 _NEEDS = {"zstd": "zstandard", "brotli": "brotli"}
 
 
@@ -26,30 +28,34 @@ def encode_codes(tensors: Sequence[CodeTensor], codec: str = "auto", level: int 
         made: Codec = CODECS[codec]()
         return codec, made.encode(tensors, level)
     names = available()
-    if sum(t.spec.size for t in tensors) > _EXACT_LIMIT:
-        names = _best_on_sample(names, tensors)
-    coded = [(name, CODECS[name]().encode(tensors, -1)) for name in names]
-    return min(coded, key=lambda item: len(item[1]))
-
-
-def _best_on_sample(names: list[str], tensors: Sequence[CodeTensor]) -> list[str]:
-    """The codec that is smallest on evenly spaced rows (about `_EXACT_LIMIT` / 2 codes) of every tensor."""
     total = sum(t.spec.size for t in tensors)
-    keep = _EXACT_LIMIT / 2 / total
+    if total <= _EXACT_LIMIT:
+        return _smallest(names, tensors)
+    sample = _sample(tensors, total)
+    sizes = {name: len(CODECS[name]().encode(sample, -1)) for name in names if name not in _FAST}
+    slow = min(sizes, key=lambda name: sizes[name])
+    fast = [name for name in names if name in _FAST]
+    if not fast:
+        return _smallest([slow], tensors)
+    best = _smallest(fast, tensors)
+    likely = sizes[slow] * total / sum(t.spec.size for t in sample)
+    return best if len(best[1]) <= likely else min(best, _smallest([slow], tensors), key=lambda item: len(item[1]))
+
+
+def _smallest(names: Sequence[str], tensors: Sequence[CodeTensor]) -> tuple[str, bytes]:
+    return min(((name, CODECS[name]().encode(tensors, -1)) for name in names), key=lambda item: len(item[1]))
+
+
+def _sample(tensors: Sequence[CodeTensor], total: int) -> list[CodeTensor]:
+    """Evenly spaced rows of every tensor, about `_SAMPLE` codes."""
     sample = []
     for tensor in tensors:
         rows, columns = tensor.spec.matrix
-        count = min(rows, max(_SAMPLE_ROWS, round(rows * keep)))
+        count = min(rows, max(_SAMPLE_ROWS, round(rows * _SAMPLE / total)))
         picked = np.linspace(0, rows - 1, count).astype(np.int64)
         codes = np.ascontiguousarray(tensor.codes.reshape(rows, columns)[picked])
         scale = tensor.spec.scale
-        spec = CodeSpec(
-            tensor.spec.name,
-            codes.shape,
-            tensor.spec.bits,
-            tensor.spec.packed,
-            scale[picked] if scale is not None and scale.ndim else scale,
-        )
+        part = scale.reshape(-1)[picked] if scale is not None and scale.ndim else scale
+        spec = CodeSpec(tensor.spec.name, codes.shape, tensor.spec.bits, tensor.spec.packed, part)
         sample.append(CodeTensor(spec, codes))
-    sizes = {name: len(CODECS[name]().encode(sample, -1)) for name in names}
-    return [min(sizes, key=lambda name: sizes[name])]
+    return sample

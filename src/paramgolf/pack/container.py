@@ -118,6 +118,22 @@ def read_artifact(path: str | Path) -> Artifact:
     return decode_artifact(data, str(path))
 
 
+def describe_artifact(path: str | Path) -> dict[str, Any]:
+    """The manifest's facts and the byte ledger of a file, as plain data: what `golf inspect` shows."""
+    artifact = read_artifact(path)
+    data = Path(path).read_bytes()
+    reader = _open(data, str(path))
+    before = len(reader)
+    manifests.decode_manifest(reader)
+    manifest_bytes = before - len(reader)
+    names = [*SECTIONS, *(f"extra {name}" for name in artifact.extra)]
+    lengths = {name: reader.varint(len(data)) for name in names}
+    parts = {**lengths, "manifest": manifest_bytes, "container": len(data) - manifest_bytes - sum(lengths.values())}
+    ledger = attribute(parts, artifact.tensors)
+    facts = {key: value for key, value in artifact.manifest.items() if key not in ("stores", "extra")}
+    return {**facts, "ledger": ledger.groups, "weights": ledger.weights, "payload_bytes": ledger.payload_bytes}
+
+
 def decode_artifact(data: bytes, where: str = "the artifact") -> Artifact:
     """Like `read_artifact`, of bytes already in memory; `where` names them in errors.
 
