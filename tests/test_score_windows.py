@@ -12,9 +12,7 @@ from hypothesis import strategies as st
 from paramgolf.errors import GolfError
 from paramgolf.score import windows
 
-SHAPES = st.integers(1, 40).flatmap(
-    lambda t: st.tuples(st.integers(2, 200), st.just(t), st.integers(1, t))
-)
+SHAPES = st.integers(1, 40).flatmap(lambda t: st.tuples(st.integers(2, 200), st.just(t), st.integers(1, t)))
 
 
 def test_worked_example() -> None:
@@ -77,12 +75,15 @@ def test_lanes_are_nearly_equal() -> None:
     assert len(lengths) == 8 and lengths.max() - lengths.min() <= 100
 
 
-@pytest.mark.parametrize(("n", "seq_len", "stride", "rule", "word"), [
-    (10, 4, 5, "exact", "stride"),
-    (10, 4, 0, "exact", "stride"),
-    (1, 4, 4, "exact", "nothing to score"),
-    (10, 4, 4, "exakt", "exakt"),
-])
+@pytest.mark.parametrize(
+    ("n", "seq_len", "stride", "rule", "word"),
+    [
+        (10, 4, 5, "exact", "stride"),
+        (10, 4, 0, "exact", "stride"),
+        (1, 4, 4, "exact", "nothing to score"),
+        (10, 4, 4, "exakt", "exakt"),
+    ],
+)
 def test_bad_plans_are_refused(n: int, seq_len: int, stride: int, rule: str, word: str) -> None:
     with pytest.raises(GolfError, match=word):
         windows.plan(n, seq_len, stride, rule)

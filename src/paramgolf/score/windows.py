@@ -1,17 +1,18 @@
 """Which window predicts which token: the plan every scorer and every decoder follows.
 
-A stream of `n` tokens has `n - 1` targets; target `i` (1 <= i < n) is predicted from the tokens before it in its window.
-A window (start, length, first_scored) reads tokens `start .. start + length - 1` and predicts
-`start + 1 .. start + length`; of its `length` positions it scores `first_scored .. length - 1`.
+A stream of `n` tokens has `n - 1` targets; target `i` (1 <= i < n) is predicted from the tokens before it in its
+window. A window (start, length, first_scored) reads tokens `start .. start + length - 1` and predicts `start + 1 ..
+start + length`; of its `length` positions it scores `first_scored .. length - 1`.
 
 Rules:
-- `exact`      every target exactly once, for every n, seq_len and stride. Windows start at 0, stride, 2 stride, ...; the
-               first scores all it predicts, each later one what the earlier ones left. The last is shortened at the end
-               of the stream and stays on the grid of starts, so it keeps at least `seq_len - stride` tokens of context
-               as every other does (all there are if the stream is shorter). `stride = seq_len` is the standard score.
-- `full_only`  as PR 114 and PR 137 score: only full windows, so a tail shorter than `stride` is lost (all of a short stream).
-- `with_tail`  as PR 128 and PR 107 score: while `stride` targets remain, windows are shortened and each scores its
-               last `stride` targets, so the last targets of the stream count up to `seq_len / stride` times.
+- `exact`: every target exactly once, for every n, seq_len and stride. Windows start at 0, stride, 2 stride, ...; the
+  first scores all it predicts, each later one what the earlier ones left. The last is shortened at the end of the
+  stream and stays on the grid of starts, so it keeps at least `seq_len - stride` tokens of context as every other does.
+  `stride = seq_len` is the standard score.
+- `full_only`, as PR 114 and PR 137 score: only full windows, so a tail shorter than `stride` is lost (and all of a
+  stream shorter than `seq_len`).
+- `with_tail`, as PR 128 and PR 107 score: while `stride` targets remain, windows are shortened and each scores its last
+  `stride` targets, so the last targets of the stream count up to `seq_len / stride` times.
 
 A worked example: 10 tokens, windows of 4, stride 2. The nine targets are tokens 1 to 9.
 
@@ -37,6 +38,7 @@ token of a lane is given, as the first token of the stream is; no window crosses
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -87,9 +89,7 @@ class Plan:
         )
 
 
-def plan(
-    n_tokens: int, seq_len: int, stride: int, rule: str = "exact", *, lane_starts: Sequence[int] = (0,)
-) -> Plan:
+def plan(n_tokens: int, seq_len: int, stride: int, rule: str = "exact", *, lane_starts: Sequence[int] = (0,)) -> Plan:
     """The windows over a stream of `n_tokens` tokens; see the module's text for the rules.
 
     `lane_starts` are ascending token indices beginning with 0 (see `lanes`).
@@ -102,11 +102,11 @@ def plan(
     if n_tokens < 2:
         raise GolfError(f"nothing to score: the text is {n_tokens} token(s) long, at least 2 are needed")
     cuts = [*lane_starts, n_tokens]
-    if cuts[0] != 0 or any(b <= a for a, b in zip(cuts, cuts[1:], strict=False)):
+    if cuts[0] != 0 or any(b <= a for a, b in itertools.pairwise(cuts)):
         raise ValueError(f"lane starts must ascend from 0 and stay below {n_tokens}: {list(lane_starts)}")
     parts = [
         (low + start, length, first)
-        for low, high in zip(cuts, cuts[1:], strict=False)
+        for low, high in itertools.pairwise(cuts)
         for start, length, first in [_one_stream(high - low - 1, seq_len, stride, rule)]
     ]
     start, length, first = (np.concatenate(column) for column in zip(*parts, strict=True))
@@ -133,8 +133,8 @@ def _one_stream(targets: int, seq_len: int, stride: int, rule: str) -> tuple[np.
 def lanes(tokens: np.ndarray, count: int, bos_id: int) -> tuple[int, ...]:
     """Where to cut `tokens` (1-D ids) into at most `count` lanes of nearly equal length: token indices, the first 0.
 
-    Each cut is at the document start (a `bos_id` token) nearest to the ideal cut; a stream with few documents gets fewer
-    lanes. Depends on nothing but the arguments, so that an encoder and its decoder cut alike.
+    Each cut is at the document start (a `bos_id` token) nearest to the ideal cut; a stream with few documents gets
+    fewer lanes. Depends on nothing but the arguments, so that an encoder and its decoder cut alike.
 
     >>> lanes(np.array([1, 5, 6, 1, 7, 8, 9, 1, 4, 4]), 2, bos_id=1)
     (0, 3)
