@@ -1,0 +1,299 @@
+"""One training run put together: model, optimizers, loader, checkpoints, compilation, warm-up, loop, final weights."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor
+
+from paramgolf.data.loader import Loader
+from paramgolf.dist import Dist
+from paramgolf.errors import GolfError
+from paramgolf.model.gpt import GPT
+from paramgolf.optim.averaging import build_average
+from paramgolf.optim.groups import build_optimizers
+from paramgolf.recipe.sections import Recipe
+from paramgolf.train import compiling, runtime
+from paramgolf.train.budget import Window, all_shapes, shape_at, training_window
+from paramgolf.train.callbacks import Callback, Callbacks, Forecast, JsonLines, last_strict, progress
+from paramgolf.train.checkpoint import Snapshot, Store, check_writable
+from paramgolf.train.clock import Clock
+from paramgolf.train.compiling import CompilePlan
+from paramgolf.train.finish import HELD_OUT_FRACTION, HELD_OUT_TOKENS, finish
+from paramgolf.train.loop import Parts, Trainer
+from paramgolf.train.qat import QatSwitch
+from paramgolf.train.signals import Interrupts
+from paramgolf.train.step import Stepper, raise_together
+from paramgolf.train.warmup import FirstBatches, compile_all, warm_up
+
+if TYPE_CHECKING:
+    from paramgolf.data.dataset import Dataset
+
+WRITE_BYTES_A_SECOND = 2e8  # a first guess of how fast a checkpoint is summed, written and synced
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run's record says about training; JSON-able."""
+
+    steps: int
+    tokens: int
+    final_loss: float  # nats per token, last step
+    stop_reason: str
+    train_seconds: float  # budget clock from the first step to the last
+    step_ms: float
+    recompiles: int  # graphs compiled after warm-up
+    warmup_steps: int
+    compiled: dict[str, Any]  # enabled, reason, cache (cold, warm)
+    dtype: str
+    threads: int
+    attention: str
+    micro_tokens: int
+    world: int
+    resumed_from: int  # step, 0 = not resumed
+    average: dict[str, Any] = field(default_factory=dict)
+    post_qat: dict[str, Any] = field(default_factory=dict)
+    peak_memory_bytes: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TrainOutput:
+    """The model with its final weights, in evaluation mode, and the facts."""
+
+    model: GPT
+    result: TrainResult
+
+
+def train_recipe(
+    recipe: Recipe,
+    dataset: Dataset,
+    out_dir: Path,
+    clock: Clock,
+    dist: Dist,
+    *,
+    resume: bool = False,
+    reserve_seconds: float | Callable[[], float] = 0.0,
+    forecast: Forecast | None = None,
+    callbacks: Sequence[Callback] | None = None,
+) -> TrainOutput:
+    """Train `recipe` on `dataset`; all ranks call it alike.
+
+    Args:
+        out_dir: the run folder; gets `checkpoints/` and `train.jsonl`.
+        resume: go on from the newest usable checkpoint there; without one, start afresh and say so.
+        reserve_seconds: what the budget must keep for what follows training (see `budget.count_packing`).
+        forecast: the artifact's size in words, for the progress line.
+        callbacks: who watches; None = progress on stderr.
+
+    Raises:
+        GolfError: bad sizes, a folder that cannot be written, a loss that is not finite, a failure on another rank.
+        Interrupted: SIGTERM or SIGINT; a checkpoint was written.
+    """
+    with Interrupts() as interrupts, contextlib.ExitStack() as stack:
+        watch = Callbacks()
+        if dist.is_main:
+            watch.members += [progress(recipe.train.log_every, forecast)] if callbacks is None else list(callbacks)
+        stack.callback(watch.close)
+        session = Session(recipe, dataset, out_dir, clock, dist, watch, interrupts)
+        return session.run(resume, reserve_seconds() if callable(reserve_seconds) else reserve_seconds)
+
+
+class Session:
+    """The order of the steps of one run; each method is one of them."""
+
+    def __init__(
+        self, recipe: Recipe, dataset: Dataset, out_dir: Path, clock: Clock, dist: Dist,
+        watch: Callbacks, interrupts: Interrupts,
+    ) -> None:  # fmt: skip
+        self.recipe, self.out_dir, self.clock, self.dist = recipe, out_dir, clock, dist
+        self.watch = watch
+        self.store = Store(out_dir / "checkpoints")
+        self.chosen = runtime.configure(recipe.train, dist.device)
+        self.note_users()
+        self.plan = CompilePlan(False, "not needed")
+        self.warmup_steps = 0
+        self.vocab_size = dataset.tokenizer.vocab_size
+        self.on_main(self._prepare_folder)
+        self.parts, self.held_out = self._build(dataset, interrupts)
+        self.first = FirstBatches(self.parts.loader)
+        self.trainer = Trainer(self.parts)
+
+    # -- set-up ------------------------------------------------------------------------------------------------
+
+    def note(self, text: str) -> None:
+        if self.dist.is_main:
+            self.watch.note(text)
+
+    def note_users(self) -> None:
+        """Say what else uses the GPU: it explains a slow run."""
+        for line in runtime.gpu_users(self.dist.device):
+            self.note(f"note: {line}")
+
+    def on_main(self, work: Callable[[], None]) -> None:
+        """Do something on the main rank; its failure is every rank's."""
+        error: Exception | None = None
+        if self.dist.is_main:
+            try:
+                work()
+            except GolfError as failure:
+                error = failure
+        raise_together(self.dist, error)
+
+    def _prepare_folder(self) -> None:
+        check_writable(self.store.folder)
+        self.store.clean()
+
+    def _build(self, dataset: Dataset, interrupts: Interrupts) -> tuple[Parts, np.ndarray | None]:
+        recipe, dist, section = self.recipe, self.dist, self.recipe.train
+        model = GPT(recipe.model, self.vocab_size)
+        model.init_weights(section.seed)
+        model.to(dist.device)
+        model.compute_dtype = self.chosen.dtype
+        choice = model.use_attention(section.attention, dist.device)
+        if choice.reason and dist.device.type == "cuda":
+            self.note(f"note: attention by {choice.name}: {choice.reason}")
+        tokens: list[np.ndarray] = list(dataset.train_tokens())
+        held_out = None
+        if recipe.average.kind != "none" and recipe.average.select == "train":
+            tokens, held_out = hold_out(tokens, section.seq_len)
+        first = shape_at(recipe, 0.0)
+        loader = Loader(
+            tokens, seq_len=first.seq_len, batch_tokens=first.batch_tokens, rank=dist.rank, world=dist.world,
+            seed=section.seed, order=recipe.data.order, vocab_size=self.vocab_size,
+        )  # fmt: skip
+        stepper = Stepper(model, dist, runtime.micro_tokens(section, recipe.model, dist.device))
+        opts = build_optimizers(model, recipe.optim, dist)
+        average = build_average(recipe.average, model)
+        qat = QatSwitch(model, recipe)
+        parts = Parts(
+            recipe, model, opts, loader, stepper, qat, average, dist, self.clock, self.watch, self.store, interrupts
+        )
+        return parts, held_out
+
+    # -- the run -----------------------------------------------------------------------------------------------
+
+    def run(self, resume: bool, reserve_seconds: float) -> TrainOutput:
+        snapshot = self._find(resume)
+        done = snapshot is not None and bool(snapshot.state["finished"])
+        if not done:
+            self._compile(snapshot)
+            self._warm_up()
+        if snapshot is not None:
+            self.trainer.load(snapshot, last_strict(self.out_dir / "train.jsonl"))
+        resumed = self.trainer.at.step
+        self.on_main(partial(self._open_log, resumed))
+        self.parts.model.train()
+        self.trainer.save_seconds = self._checkpoint_bytes() / WRITE_BYTES_A_SECOND
+        self.trainer.begin(partial(self._window, reserve_seconds))
+        if not done:
+            self.trainer.run()
+        step_ms = 1e3 * self.trainer.at.elapsed / max(1, self.trainer.at.step)
+        finish(self.trainer, self.held_out, reserve_seconds)
+        return TrainOutput(self.parts.model, self._result(resumed, step_ms))
+
+    def _window(self, reserve_seconds: float, origin: float) -> Window:
+        saves = 2 if self.recipe.quant.post_qat else 1
+        return training_window(self.recipe, origin, reserve_seconds + saves * self.trainer.save_seconds)
+
+    def _find(self, resume: bool) -> Snapshot | None:
+        """The checkpoint to go on from; the same on every rank."""
+        if not resume:
+            if self.dist.all_max(float(bool(self.store.paths()))):
+                raise GolfError(f"{self.store.folder} holds checkpoints; add --resume, or choose another --out")
+            return None
+        snapshot = self.store.newest(self.note)
+        step = float(snapshot.step if snapshot else 0)
+        if self.dist.all_max(step) != -self.dist.all_max(-step):
+            raise GolfError(f"the ranks do not see the same checkpoints in {self.store.folder}; use a shared folder")
+        if self.dist.is_main:
+            self.store.drop_after(int(step))
+        self.note(f"resuming from step {snapshot.step}" if snapshot else "no usable checkpoint: starting afresh")
+        return snapshot
+
+    def _compile(self, snapshot: Snapshot | None) -> None:
+        """Decide about compiling, compile all graphs that training will need, and fall back where that fails."""
+        parts, kind = self.parts, self.recipe.budget.clock
+        shapes = all_shapes(self.recipe)
+        spent = self.clock.spent(kind)
+        if snapshot is not None:
+            spent += float(snapshot.state["clock"]["strict" if kind == "strict" else "challenge"])
+        count = sum(p.numel() for p in parts.model.parameters())
+        graphs = len(shapes) * len(parts.qat.states)
+        plan = compiling.decide(self.recipe, parameters=count, graphs=graphs, device=self.dist.device.type, spent=spent)
+        # a decision that depends on one rank's clock or disk must not differ between ranks
+        if self.dist.all_max(float(not plan.enabled)) and plan.enabled:
+            plan = CompilePlan(False, "another rank does not compile", plan.cache)
+        if plan.enabled:
+            self.note(f"compiling ({plan.cache} cache)")
+            with self.clock.phase("compile"):
+                parts.model.compile_regions()
+                reason = compile_all(
+                    parts.stepper, parts.opts, shapes, parts.qat.states, parts.qat.set, self.first,
+                    lambda: parts.interrupts.check("compilation"),
+                )  # fmt: skip
+                if reason:
+                    parts.model.eager().__enter__()
+                    plan = CompilePlan(False, f"compiling failed, going on without: {reason}", plan.cache)
+        if not plan.enabled and self.recipe.train.compile != "off":
+            self.note(f"note: {plan.reason}")
+        self.plan = plan
+
+    def _warm_up(self) -> None:
+        parts, schedule = self.parts, self.recipe.schedule
+        with self.clock.phase("warmup"):
+            self.warmup_steps = warm_up(
+                parts.stepper, parts.opts, all_shapes(self.recipe), parts.qat.states, parts.qat.set, self.first,
+                schedule.warmup_steps, self.recipe.optim.momentum, self.recipe.optim.grad_clip,
+                lambda: parts.interrupts.check("warm-up"),
+            )  # fmt: skip
+
+    def _open_log(self, resumed_step: int) -> None:
+        self.watch.members.append(JsonLines(self.out_dir / "train.jsonl", self.recipe.train.log_every, resumed_step))
+
+    def _checkpoint_bytes(self) -> int:
+        weights = sum(p.numel() for p in self.parts.model.parameters())
+        return 4 * weights * (4 if self.parts.average is not None else 3)
+
+    def _result(self, resumed: int, step_ms: float) -> TrainResult:
+        trainer, parts = self.trainer, self.parts
+        attention = parts.model.attention
+        return TrainResult(
+            steps=trainer.at.step,
+            tokens=trainer.at.tokens,
+            final_loss=trainer.loss,
+            stop_reason=trainer.stop_reason,
+            train_seconds=trainer.at.elapsed,
+            step_ms=step_ms,
+            recompiles=trainer.recompiles if self.plan.enabled else 0,
+            warmup_steps=self.warmup_steps,
+            compiled={"enabled": self.plan.enabled, "reason": self.plan.reason, "cache": self.plan.cache},
+            dtype=str(self.chosen.dtype).removeprefix("torch."),
+            threads=self.chosen.threads,
+            attention=attention.name if attention else "",
+            micro_tokens=parts.stepper.micro_tokens,
+            world=self.dist.world,
+            resumed_from=resumed,
+            average=trainer.extra.get("average", {}),
+            post_qat=trainer.extra.get("post_qat", {}),
+            peak_memory_bytes=runtime.peak_memory_bytes(self.dist.device),
+        )
+
+
+def hold_out(tokens: list[np.ndarray], seq_len: int) -> tuple[list[np.ndarray], np.ndarray | None]:
+    """Split the end of the training stream off; (all of it, None) where the text is too short to spare any."""
+    size = min(HELD_OUT_TOKENS, int(sum(map(len, tokens)) * HELD_OUT_FRACTION))
+    last = tokens[-1]
+    if size <= seq_len or len(last) - size <= seq_len:
+        return tokens, None
+    return [*tokens[:-1], last[:-size]], np.asarray(last[-size:])
+
+
+def final_weights(snapshot: Snapshot) -> dict[str, Tensor]:
+    """The model's state dict in a checkpoint (`golf pack` quantises and codes it again)."""
+    return snapshot.part("model")

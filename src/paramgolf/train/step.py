@@ -1,0 +1,162 @@
+"""One accumulated forward and backward over all ranks, and what the ranks agree on while they exchange gradients.
+
+Gradients of micro batches are weighted by their tokens, so uneven rows (on one rank or over ranks) give the gradient
+of the mean over all tokens. With several ranks everything travels in one flat fp32 all-reduce: the gradients, and a
+tail of loss, tokens, "I failed" and "I was interrupted". So all ranks see the same numbers, stop at the same step, and
+a failure of one is known to all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from paramgolf.dist import Dist
+from paramgolf.errors import GolfError
+from paramgolf.train.compiling import failure_reason
+
+_MESSAGE_BYTES = 400
+
+
+class TokenSource(Protocol):
+    """What the loop needs of a loader (see data/loader.py)."""
+
+    def next_batch(self) -> tuple[Tensor, Tensor]: ...
+
+    def set_shape(self, seq_len: int, batch_tokens: int) -> None: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What all ranks know after a step: mean loss in nats per token, tokens, whether any rank was interrupted."""
+
+    loss: float
+    tokens: int
+    interrupted: bool
+
+
+def micro_sizes(rows: int, most: int) -> list[int]:
+    """`rows` in the fewest parts of at most `most`, as even as possible (at most two sizes: few compiled shapes)."""
+    if rows == 0:
+        return []
+    parts = -(-rows // max(1, most))
+    base, extra = divmod(rows, parts)
+    return [base + 1] * extra + [base] * (parts - extra)
+
+
+class Stepper:
+    """Forward, backward and the gradient exchange. `micro_tokens`: the most tokens of one forward on one rank."""
+
+    def __init__(self, model: nn.Module, dist: Dist, micro_tokens: int) -> None:
+        self.model = model
+        self.dist = dist
+        self.micro_tokens = micro_tokens
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._tail: Tensor | None = None
+        self._flat: Tensor | None = None
+        self._views: list[Tensor] = []
+        self._error: BaseException | None = None
+
+    def sizes(self, rows: int, seq_len: int) -> list[int]:
+        """Rows of each micro batch for `rows` rows of `seq_len` tokens on this rank."""
+        return micro_sizes(rows, self.micro_tokens // seq_len)
+
+    def backward(self, x: Tensor, y: Tensor, expected_tokens: int) -> Tensor:
+        """Accumulate the gradients of this rank's rows, scaled so that ranks add up to the mean over all tokens.
+
+        Args:
+            x, y: (rows, T) int64 inputs and targets of this rank; may have no rows.
+            expected_tokens: tokens of the step over all ranks.
+
+        Returns:
+            The summed loss of these rows in nats, fp32 scalar on the device.
+        """
+        total = torch.zeros((), device=self.dist.device)
+        start = 0
+        for size in self.sizes(x.shape[0], x.shape[1]):
+            rows = slice(start, start + size)
+            start += size
+            loss = self.model(x[rows].to(self.dist.device), y[rows].to(self.dist.device))
+            tokens = size * x.shape[1]
+            (loss if tokens == expected_tokens else loss * (tokens / expected_tokens)).backward()
+            total += loss.detach().float() * tokens
+        return total
+
+    def accumulate(
+        self, batch: Callable[[], tuple[Tensor, Tensor]], expected_tokens: int, interrupted: bool = False
+    ) -> None:
+        """Get this rank's rows, go forward and backward, and exchange. Follow with the optimizer step and `report`.
+
+        A failure here is only remembered until `report`, so that every rank takes part in every collective.
+        """
+        total, tokens = torch.zeros((), device=self.dist.device), 0
+        try:
+            x, y = batch()
+            tokens = x.numel()
+            total = self.backward(x, y, expected_tokens)
+        except Exception as error:
+            if self.dist.world == 1:
+                raise
+            self._error = error
+        own = [float(tokens), float(self._error is not None), float(interrupted)]
+        tail = torch.cat((total.reshape(1), torch.tensor(own, device=total.device)))
+        self._tail = self._exchange(tail, expected_tokens) if self.dist.world > 1 else tail
+
+    def _exchange(self, tail: Tensor, expected_tokens: int) -> Tensor:
+        """Sum gradients and tail over ranks; the gradients become views of the flat buffer."""
+        if self._flat is None:
+            sizes = [p.numel() for p in self._parameters] + [tail.numel()]
+            self._flat = torch.empty(sum(sizes), device=self.dist.device)
+            parts = self._flat.split(sizes)
+            self._views = [part.view_as(p) for part, p in zip(parts[:-1], self._parameters, strict=True)]
+        for parameter, view in zip(self._parameters, self._views, strict=True):
+            if parameter.grad is None:
+                view.zero_()
+            elif parameter.grad.data_ptr() != view.data_ptr():
+                view.copy_(parameter.grad)
+        summed = self._flat[-tail.numel() :]
+        summed.copy_(tail)
+        self.dist.all_reduce_sum(self._flat)
+        tail = summed.clone()
+        # exactly 1 when the loader kept its promise of `expected_tokens`
+        self._flat[: -tail.numel()].mul_(expected_tokens / tail[1].clamp(min=1.0))
+        for parameter, view in zip(self._parameters, self._views, strict=True):
+            parameter.grad = view.to(parameter.dtype) if parameter.dtype != view.dtype else view
+        return tail
+
+    def report(self) -> StepReport:
+        """What the ranks agreed on. Raises GolfError when any of them failed, with its message."""
+        assert self._tail is not None, "accumulate comes first"
+        total, tokens, failed, interrupted = self._tail.tolist()
+        if failed:
+            raise_together(self.dist, self._error)
+        return StepReport(total / max(tokens, 1.0), int(tokens), interrupted > 0)
+
+
+def raise_together(dist: Dist, error: BaseException | None) -> None:
+    """A collective: if any rank has an error, every rank raises GolfError naming the rank and its message."""
+    if dist.world == 1:
+        if error is not None:
+            raise error
+        return
+    slots = torch.zeros(dist.world, _MESSAGE_BYTES, dtype=torch.int32, device=dist.device)
+    if error is not None:
+        text = str(error) if isinstance(error, GolfError) else failure_reason(error)
+        raw = text.encode()[:_MESSAGE_BYTES] or b"?"
+        slots[dist.rank, : len(raw)] = torch.tensor(list(raw), dtype=torch.int32, device=dist.device)
+    dist.all_reduce_sum(slots)
+    for rank, row in enumerate(slots.tolist()):
+        if row[0]:
+            text = bytes(b for b in row if b).decode(errors="replace")
+            failure = GolfError(f"rank {rank} failed: {text}")
+            if isinstance(error, GolfError):
+                failure.exit_code = error.exit_code
+            raise failure from error
