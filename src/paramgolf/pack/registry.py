@@ -12,5 +12,6 @@ CODECS = Registry(
         "zstd": "paramgolf.pack.codecs.bytecoders:ZstdCodec",
         "lzma": "paramgolf.pack.codecs.bytecoders:LzmaCodec",
         "brotli": "paramgolf.pack.codecs.bytecoders:BrotliCodec",
+        "rans": "paramgolf.pack.codecs.rans:RansCodec",
     },
 )
