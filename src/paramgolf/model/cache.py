@@ -51,7 +51,7 @@ class KVCache:
         """GolfError unless `tokens` more fit."""
         if self.length + tokens > self.max_len:
             raise GolfError(
-                f"the cache holds {self.length} of {self.max_len} positions and {tokens} more do not fit; reset it first"
+                f"the cache holds {self.length} of {self.max_len} positions, {tokens} more do not fit; reset it first"
             )
 
     def reset(self) -> None:

@@ -9,7 +9,7 @@ entropy in float32.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -41,7 +41,7 @@ def check_section(section: ModelSection) -> None:
         raise GolfError(f"model.dim={s.dim} is not a multiple of model.num_heads={s.num_heads}; change one of them")
     if s.num_heads % s.num_kv_heads:
         raise GolfError(
-            f"model.num_heads={s.num_heads} is not a multiple of model.num_kv_heads={s.num_kv_heads}; change one of them"
+            f"model.num_heads={s.num_heads} is no multiple of model.num_kv_heads={s.num_kv_heads}; change one of them"
         )
     if (s.dim // s.num_heads) % 2:
         raise GolfError(
@@ -101,15 +101,17 @@ class GPT(nn.Module):
         """Draw every matrix (see init.py); equal on every device and rank."""
         init_matrices(self, self.section, seed)
 
-    def set_qat(self, grid: Grid | None) -> None:
-        """Fake-quantise every linear weight in training mode with `grid`, or stop (None). Evaluation is never touched.
+    def set_qat(self, grid: Grid | Mapping[str, Grid] | None) -> None:
+        """Fake-quantise linear weights in training mode, or stop (None). Evaluation is never touched.
 
-        The switch is a guarded Python attribute: compiled blocks have exactly two training graphs, with and without,
-        each built at its first use; switching back and forth afterwards does not recompile.
+        One grid serves every linear weight; a mapping gives each weight (by its state name) its own, and those it does
+        not name stay as they are. The switch is a guarded Python attribute: the compiled block has exactly two training
+        graphs, with and without, each built at its first use, and switching back and forth later does not recompile.
+        With a mapping there is one graph for each different set of grids that a layer uses.
         """
-        for module in self.modules():
+        for name, module in self.named_modules():
             if isinstance(module, Linear):
-                module.grid = grid
+                module.grid = grid.get(f"{name}.weight") if isinstance(grid, Mapping) else grid
 
     def use_attention(self, name: str = "auto", device: torch.device | str | None = None) -> AttentionChoice:
         """Choose the attention kernel for `device` (default: where the weights are) and the compute dtype.
@@ -202,7 +204,8 @@ class GPT(nn.Module):
 
     def _run_layers(self, x: Tensor, flow: Flow, rope: tuple[Tensor, Tensor]) -> Tensor:
         """Encoder layers push their outputs, decoder layers add them back, last pushed first."""
-        x0, stack = x, []
+        x0 = x.view_as(x)  # another object: "the first two inputs are one" would be a second graph for the first block
+        stack: list[Tensor] = []
         for position, block in enumerate(self.blocks):
             join = position - self.num_encoder
             if join >= 0 and stack:
@@ -223,7 +226,7 @@ class GPT(nn.Module):
             self.use_attention(name, device)
 
     def _rope_for(self, start: int, ids_BT: Tensor, cache: KVCache | None) -> tuple[Tensor, Tensor]:
-        """(T, K/2) tables of the positions start .. start + T - 1. With a cache, the base is that of its full length."""
+        """(T, K/2) tables of positions start .. start + T - 1; with a cache, the base is that of its full length."""
         s, length = self.section, ids_BT.shape[1]
         made_for = length if cache is None else cache.max_len
         base = stretched_base(s.rope_base, max(made_for, self.context_len), s.rope_ref_len, self.head_dim)

@@ -12,6 +12,7 @@ stored type is stored as zeros (an error below 1e-5 for fp16 scales), never divi
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,9 +40,9 @@ class Grid:
     def __post_init__(self) -> None:
         s = self.section
         if s.clip == "quantile" and not 0 < s.clip_value <= 1:
-            raise GolfError(f"clip_value {s.clip_value} of a quantile grid must lie in (0, 1]; set clip_value=0.9999984")
+            raise GolfError(f"clip_value={s.clip_value} of a quantile grid is not in (0, 1]; set clip_value=0.9999984")
         if s.clip == "sdclip" and s.clip_value <= 0:
-            raise GolfError("clip_value of an sdclip grid is the k of k x std and must be above 0; set clip_value=12.85")
+            raise GolfError("clip_value of an sdclip grid, the k of k x std, must be above 0; set clip_value=12.85")
         qmax = 2 ** (s.bits - 1) - 1
         object.__setattr__(self, "qmax", qmax)
         object.__setattr__(self, "qmin", -qmax - 1 if s.low_code == "full" else -qmax)
@@ -56,10 +57,10 @@ class Grid:
         if not w.is_floating_point():
             raise GolfError(f"only float tensors can be quantised, this one is {w.dtype}; store it as it is")
         if not bool(torch.isfinite(w).all()):
-            raise GolfError(f"weights of shape {tuple(w.shape)} hold NaN or infinity and cannot be quantised; train again")
+            raise GolfError(f"weights of shape {tuple(w.shape)} hold NaN or infinity: they cannot be quantised")
         rows = w.detach().float().reshape(1, -1) if w.ndim < 2 else w.detach().float()
-        codes, stored = self._codes(rows)
-        codes = codes.to(torch.int8)
+        codes, scale = self._codes(rows)
+        codes, stored = codes.to(torch.int8), scale.to(self.scale_dtype)
         return (codes.reshape(w.shape), stored.reshape(())) if w.ndim < 2 else (codes, stored.squeeze(-1))
 
     def dequantize(self, codes: Tensor, scale: Tensor) -> Tensor:
@@ -74,13 +75,12 @@ class Grid:
         w = w.float()
         with torch.no_grad():
             rows = w.reshape(1, -1) if w.ndim < 2 else w
-            codes, stored = self._codes(rows)
-            value = (codes * stored.float()).reshape(w.shape)
-        # value + 0 exactly, with the gradient of w: adding (value - w) to w instead would round.
-        return value + (w - w.detach())
+            codes, scale = self._codes(rows)
+            value = (codes * scale).reshape(w.shape)
+        return _StraightThrough.apply(w, value)
 
     def choose_scale(self, rows_RC: Tensor) -> tuple[Tensor, Tensor]:
-        """(scale_R1 float32 before it is rounded to the stored type, clip_R1: largest magnitude the grid is made for)."""
+        """(scale_R1 float32 before rounding to the stored type, clip_R1: largest magnitude the grid is made for)."""
         s = self.section
         if s.clip == "search":
             return self._search(rows_RC)
@@ -105,17 +105,19 @@ class Grid:
         return torch.where(scale == 0, 1.0, scale.clamp_max(largest)), clip
 
     def _codes(self, rows_RC: Tensor) -> tuple[Tensor, Tensor]:
-        """(codes as float32 integers, scale_R1 in the stored type)."""
+        """(codes as float32 integers, float32 scale_R1 that the stored type represents exactly)."""
         scale, clip = self.choose_scale(rows_RC)
-        stored = scale.to(self.scale_dtype)
-        return self._round(rows_RC, stored.float() if self.section.round_scale_first else scale, clip), stored
+        stored = self._stored(scale)
+        return self._round(rows_RC, stored if self.section.round_scale_first else scale, clip), stored
+
+    def _stored(self, scale_R1: Tensor) -> Tensor:
+        return round_to_float16(scale_R1) if self.scale_dtype == torch.float16 else scale_R1
 
     def _round(self, rows_RC: Tensor, scale_R1: Tensor, clip_R1: Tensor) -> Tensor:
         if self.section.clip in ("quantile", "search"):  # a floored scale leaves room above the clip: cut first
             rows_RC = torch.minimum(torch.maximum(rows_RC, -clip_R1), clip_R1)
-        safe = torch.where(scale_R1 == 0, 1.0, scale_R1)
-        codes = torch.round(rows_RC / safe).clamp(self.qmin, self.qmax)
-        return torch.where(scale_R1 == 0, 0.0, codes)
+        divisor = torch.where(scale_R1 == 0, torch.inf, scale_R1)  # a scale that underflowed: all codes are 0
+        return (rows_RC / divisor).round_().clamp_(self.qmin, self.qmax)
 
     def _search(self, rows_RC: Tensor) -> tuple[Tensor, Tensor]:
         """Of the clip factors, for each row the one with the least squared error of what will be decoded."""
@@ -124,7 +126,7 @@ class Grid:
         best_error: Tensor | None = None
         for factor in SEARCH_FACTORS:
             scale, clip = self._scale_of(peak * factor)
-            used = scale.to(self.scale_dtype).float() if self.section.round_scale_first else scale
+            used = self._stored(scale) if self.section.round_scale_first else scale
             decoded = self._round(rows_RC, used, clip) * used
             error = (decoded - rows_RC).square().mean(-1, keepdim=True)
             if best_error is None:
@@ -135,6 +137,30 @@ class Grid:
             best_scale = torch.where(better, scale, best_scale)
             best_clip = torch.where(better, clip, best_clip)
         return best_scale, best_clip
+
+
+class _StraightThrough(torch.autograd.Function):
+    """`value` in the forward pass, the identity with respect to `w` in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, value: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def round_to_float16(x: Tensor) -> Tensor:
+    """`x.half().float()` for 0 <= x <= 65504, in float32 and integer arithmetic.
+
+    Written out because compilers may drop a pair of casts as pointless, and then training would see other scales than
+    the file stores.
+    """
+    bits = x.view(torch.int32)
+    normal = ((bits + 0x0FFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)  # drops 13 bits, ties to even
+    subnormal = torch.round(x * 2.0**24) * 2.0**-24
+    return torch.where(x < 2.0**-14, subnormal, normal)
 
 
 def row_quantile(rows_RC: Tensor, q: float) -> Tensor:

@@ -7,8 +7,8 @@ The GPT calls its parts, in the order of the recipe's `model.parts` table, at th
     for_layer     once for each layer at construction: may return a `LayerPart` that lives in that layer's attention
                   (state name `blocks.<i>.attn.<attribute>`) and acts on its values and on its output
 
-What must look at earlier tokens goes through `Flow.previous`, which also works while decoding with a cache. A tensor that
-a layer part needs (an embedding of the ids, document numbers) is put into `Flow.extras`, which every layer receives.
+What must look at earlier tokens goes through `Flow.previous`, which also works while decoding with a cache. A tensor
+that a layer part needs (an embedding of the ids, document numbers) is put into `Flow.extras`; every layer receives it.
 """
 
 from __future__ import annotations

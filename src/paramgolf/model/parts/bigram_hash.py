@@ -1,7 +1,7 @@
 """BigramHash: the pair (previous token, token) picks a row of a small table, which is projected and added to the
 token embedding. It gives the first layers the bigram statistics for free. Origin: PR 137 (v2 of the hash).
 
-Cost: buckets x width + width x dim parameters and 1 scalar; no measurable time.
+Cost: buckets x dim + dim x model.dim parameters and 1 scalar; no measurable time.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CURRENT, PREVIOUS = 36313, 27191
 class BigramHashConfig:
     __pydantic_config__ = STRICT
     buckets: Annotated[int, Field(ge=2)] = 4096  # rows; the last is kept for the first position
-    width: Annotated[int, Field(ge=1)] = 128  # columns
+    dim: Annotated[int, Field(ge=1)] = 128  # columns, projected to the model's width
     scale: float = 0.05  # initial value of the learned factor
 
 
@@ -39,8 +39,8 @@ class BigramHash(Part):
     def __init__(self, config: BigramHashConfig, section: ModelSection, vocab_size: int) -> None:
         super().__init__(config, section, vocab_size)
         self.buckets = config.buckets
-        self.embed = nn.Embedding(config.buckets, config.width, _weight=torch.zeros(config.buckets, config.width))
-        self.proj = Linear(config.width, section.dim)
+        self.embed = nn.Embedding(config.buckets, config.dim, _weight=torch.zeros(config.buckets, config.dim))
+        self.proj = Linear(config.dim, section.dim)
         self.scale = nn.Parameter(torch.tensor(config.scale))
 
     def bucket(self, ids_BT: Tensor, previous_BT: Tensor) -> Tensor:
