@@ -30,7 +30,9 @@ app.add_typer(data_app, name="data")
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, e.g. model.mlp_hidden=1488")]
-FromEnv = Annotated[str, typer.Option("--from-env", help="An official command line, e.g. 'MLP_HIDDEN=1488 EVAL_STRIDE=64'.")]
+FromEnv = Annotated[
+    str, typer.Option("--from-env", help="An official command line, e.g. 'MLP_HIDDEN=1488 EVAL_STRIDE=64'.")
+]
 Artifact = Annotated[Path, typer.Argument(help="A model.golf file, or the folder of the run that made it.")]
 
 
@@ -63,7 +65,10 @@ def _overrides(overrides: list[str] | None, from_env: str) -> list[str]:
 def run_command(
     recipe: Annotated[str, typer.Argument(help="A recipe name (see `golf recipes`) or a TOML file.")],
     overrides: Overrides = None,
-    data: Annotated[str, typer.Option(help="Text, JSONL, parquet, a folder of them or of shards; '-' = stdin. Default: built-in text.")] = "",
+    data: Annotated[
+        str,
+        typer.Option(help="Text, JSONL, parquet, a folder of them or of shards; '-' = stdin. Default: built-in text."),
+    ] = "",
     out: Annotated[Path | None, typer.Option(help="Run folder. Default: runs/<recipe>-<time>.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")] = False,
     seconds: Annotated[float | None, typer.Option(help="Time budget (budget.seconds).")] = None,
@@ -123,13 +128,17 @@ def score_command(
     emit(result, as_json, score_text(result))
 
 
-@app.command("sample", epilog="Example: golf sample runs/pocket-1/model.golf 'def main(' --tokens 200 --temperature 0.7")
+@app.command(
+    "sample", epilog="Example: golf sample runs/pocket-1/model.golf 'def main(' --tokens 200 --temperature 0.7"
+)
 def sample_command(
     artifact: Artifact,
     prompt: Annotated[str, typer.Argument(help="Text to continue.")] = "",
     tokens: Annotated[int, typer.Option(min=1, help="At most so many tokens.")] = 200,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 = always the likeliest token.")] = 0.8,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample from the smallest set with this probability.")] = 0.95,
+    top_p: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Sample from the smallest set with this probability.")
+    ] = 0.95,
     stop: Annotated[list[str] | None, typer.Option(help="Stop before this text (may be given several times).")] = None,
     seed: Annotated[int, typer.Option(help="Same seed, same text.")] = 0,
     as_json: Json = False,
@@ -138,7 +147,9 @@ def sample_command(
     import paramgolf
 
     model = paramgolf.load(artifact_path(artifact))
-    pieces = model.stream(prompt, max_tokens=tokens, temperature=temperature, top_p=top_p, stop=list(stop or []), seed=seed)
+    pieces = model.stream(
+        prompt, max_tokens=tokens, temperature=temperature, top_p=top_p, stop=list(stop or []), seed=seed
+    )
     if as_json:
         emit({"prompt": prompt, "text": "".join(pieces), "seed": seed}, True, "")
         return

@@ -69,7 +69,9 @@ def _check_grids(recipe: Recipe) -> None:
     grids = list(recipe.quant.grids)
     for rule in recipe.quant.rules:
         if rule.store not in ("float16", "float32", *grids):
-            raise GolfError(f"quant.rules: unknown store '{rule.store}'{close_match(rule.store, [*grids, 'float16', 'float32'])}")
+            raise GolfError(
+                f"quant.rules: unknown store '{rule.store}'{close_match(rule.store, [*grids, 'float16', 'float32'])}"
+            )
     for key, grid in (("qat", recipe.quant.qat), ("post_qat", recipe.quant.post_qat)):
         if grid not in ("", "export", *grids):
             raise GolfError(f"quant.{key}: unknown grid '{grid}'{close_match(grid, [*grids, 'export'])}")

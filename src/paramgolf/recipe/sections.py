@@ -152,7 +152,9 @@ class QuantSection:
     method: str = "rtn"  # a name of quant.QUANTIZERS
     grids: dict[str, GridSection] = field(default_factory=dict)
     rules: tuple[RuleSection, ...] = ()  # in order; non-float tensors are kept as they are before any rule
-    qat: str = ""  # fake quantisation of linear weights in training: "export" (each tensor's own grid), a grid, or "" = none
+    qat: str = (
+        ""  # fake quantisation of linear weights in training: "export" (each tensor's own grid), a grid, or "" = none
+    )
     qat_start: Fraction = 0.0  # fraction of the budget at which QAT switches on
     post_qat: str = ""  # post-training QAT phase over all large matrices (PR 107): as `qat`; "" = none
     post_qat_frac: Fraction = 0.05  # fraction of the budget given to that phase
