@@ -106,7 +106,8 @@ class Muon:
             direction = self.direction(bucket.gradients(), bucket.state, momentum)
             update = ns.orthogonalize(direction, self.section.ns_steps, self.coefficients, self.dtype, self.safety)
             update = self.rescale(update, bucket.state, momentum)
-            mine.update(zip(bucket.names, update.unbind(0), strict=True))
+            # Rounded to the exchanged type also when there is nobody to exchange with: any world size, one result.
+            mine.update(zip(bucket.names, update.to(self.dtype).float().unbind(0), strict=True))
         updates = self._exchange(mine)
         self._apply([updates[name] for name in self.names], lr)
 
@@ -157,13 +158,14 @@ class Muon:
         return layout
 
     def _exchange(self, mine: dict[str, Tensor]) -> dict[str, Tensor]:
+        """All ranks' updates, float32, from this rank's own."""
         if self.dist.world == 1:
             return mine
         row = torch.zeros(self._row, dtype=self.dtype, device=self.params[0].device)
         for name, update in mine.items():
             start = self._layout[name][1]
             row[start : start + update.numel()].view(update.shape).copy_(update)
-        table = self.dist.all_gather_into(row.new_empty(self.dist.world, self._row), row)
+        table = self.dist.all_gather_into(row.new_empty(self.dist.world, self._row), row).float()
         out = {}
         for name, param in zip(self.names, self.params, strict=True):
             owner, start = self._layout[name]
@@ -177,5 +179,4 @@ class Muon:
         factors = [max(1.0, p.size(0) / p.size(1)) ** 0.5 for p in self.params]
         for factor in dict.fromkeys(factors):
             chosen = [i for i, f in enumerate(factors) if f == factor]
-            step = [updates[i].float() for i in chosen]
-            torch._foreach_add_([self.params[i] for i in chosen], step, alpha=-lr * factor)
+            torch._foreach_add_([self.params[i] for i in chosen], [updates[i] for i in chosen], alpha=-lr * factor)
