@@ -37,11 +37,16 @@ def unwarp(u: np.ndarray) -> np.ndarray:
     return u / (1.0 - (u / _BEND) ** 2)
 
 
+def reach(log_odds: np.ndarray, tolerance: float) -> tuple[np.ndarray, np.ndarray]:
+    """(lowest, highest) warped value that a decoder within the tolerance can have."""
+    around = tolerance + GUARD
+    return warp(log_odds - around), warp(log_odds + around)
+
+
 @dataclass(frozen=True)
 class Grid:
-    """tolerance: log-odds; width: of a cell around log-odds 0, in 1/4096; shifts: how many places the grid can take."""
+    """Cells of equal width in `warp`: width_4096 / 4096 wide, at one of `shifts` evenly spaced places."""
 
-    tolerance: float
     width_4096: int
     shifts: int
 
@@ -50,14 +55,8 @@ class Grid:
         return self.width_4096 / 4096
 
     def cells(self, warped: np.ndarray, shift: np.ndarray | int) -> np.ndarray:
-        """The cell (int64, from 0) of each warped log-odds when the grid is at `shift` (broadcast), 0..shifts."""
+        """The cell (int64, from 0) of each warped log-odds when the grid is at place `shift` (broadcast), 0..shifts."""
         return np.floor(warped / self.width - shift / self.shifts).astype(np.int64) + self._offset
-
-    def certain(self, log_odds: np.ndarray, shift: int) -> np.ndarray:
-        """bool, shape of `log_odds`: every value within tolerance (and guard) of it lies in the same cell."""
-        reach = self.tolerance + GUARD
-        low, high = warp(log_odds - reach), warp(log_odds + reach)
-        return self.cells(low, shift) == self.cells(high, shift)
 
     @property
     def _offset(self) -> int:

@@ -19,36 +19,50 @@ ONE = 1 << SCALE_BITS  # the frequency that means certainty
 STATE_BYTES = 5
 _WORD = np.uint64(16)
 _MASK = np.uint64(ONE - 1)
-# A state lives in [2^24, 2^40): 8 bits finer than the frequencies (a loss below 1e-5 bits a decision), 3 bytes a lane.
+# A state lives in [2^24, 2^40): 8 bits finer than the frequencies, so that rounding costs below 1e-5 bits a decision.
+SEAL_BITS = 24
 _LOW = np.uint64(1 << 24)
 _EMIT = np.uint64(24)
 
 
-def encode(zero_freq: np.ndarray, bits: np.ndarray) -> bytes:
-    """The bits of all lanes as bytes: the lanes' states (5 bytes each), then the words.
+class Writer:
+    """Encodes in reverse: hand it the last steps first."""
 
-    zero_freq: (steps, lanes) integers, 65536 times the probability of a 0, in 1..65536; bits: (steps, lanes) bool. A
-    bit that is 1 needs a frequency below 65536.
-    """
-    steps, lanes = bits.shape
-    state = np.full(lanes, _LOW, dtype=np.uint64)
-    words: list[np.ndarray] = []
-    for step in range(steps - 1, -1, -1):
-        bit, zero = bits[step], zero_freq[step].astype(np.uint64)
-        freq = np.where(bit, np.uint64(ONE) - zero, zero)
-        full = state >= (freq << _EMIT)
-        if full.any():
-            words.append((state[full] & _MASK)[::-1])
-            state[full] >>= _WORD
-        quotient = state // freq
-        state = (quotient << _WORD) + (state - quotient * freq) + np.where(bit, zero, np.uint64(0))
-    tail = np.concatenate(words)[::-1] if words else np.zeros(0, np.uint64)
-    heads = state.astype("<u8").view(np.uint8).reshape(lanes, 8)[:, :STATE_BYTES]
-    return heads.tobytes() + tail.astype("<u2").tobytes()
+    def __init__(self, seals: np.ndarray) -> None:
+        """`seals` (lanes,): a number below 2^24 for each lane, which costs nothing (a state has to begin somewhere) and
+        which the reader finds at the end: a checksum."""
+        self._state = _LOW + seals.astype(np.uint64)
+        self._words: list[np.ndarray] = []
+
+    def write(self, zero_freq: np.ndarray, bits: np.ndarray) -> None:
+        """Steps that come before all those already written.
+
+        zero_freq: (steps, lanes) integers, 65536 times the probability of a 0, in 1..65536; bits: (steps, lanes) bool.
+        A bit that is 1 needs a frequency below 65536.
+        """
+        zeros = zero_freq.astype(np.uint64)
+        freqs = np.where(bits, np.uint64(ONE) - zeros, zeros)
+        starts = np.where(bits, zeros, np.uint64(0))
+        limits = freqs << _EMIT
+        state = self._state
+        for step in range(len(bits) - 1, -1, -1):
+            full = state >= limits[step]
+            if full.any():
+                self._words.append((state[full] & _MASK)[::-1])
+                state[full] >>= _WORD
+            quotient, rest = np.divmod(state, freqs[step])
+            state = (quotient << _WORD) + rest + starts[step]
+        self._state = state
+
+    def finish(self) -> bytes:
+        """The lanes' states (5 bytes each), then the words."""
+        tail = np.concatenate(self._words)[::-1] if self._words else np.zeros(0, np.uint64)
+        heads = self._state.astype("<u8").view(np.uint8).reshape(-1, 8)[:, :STATE_BYTES]
+        return heads.tobytes() + tail.astype("<u2").tobytes()
 
 
 class Reader:
-    """The inverse of `encode`, one step at a time."""
+    """The inverse of `Writer`, one step at a time, first step first."""
 
     def __init__(self, data: bytes, lanes: int) -> None:
         """Raises GolfError if `data` cannot hold the states of so many lanes."""
@@ -58,7 +72,7 @@ class Reader:
         states = np.zeros((lanes, 8), np.uint8)
         states[:, :STATE_BYTES] = np.frombuffer(data[:head], np.uint8).reshape(lanes, STATE_BYTES)
         self._state = states.view("<u8").reshape(lanes).astype(np.uint64)
-        # A stream gone wrong reads past its end: it gets zeros, and `clean` tells.
+        # A stream gone wrong reads past its end: it gets zeros, and `seals` tells.
         self._words = np.frombuffer(data[head:], "<u2").astype(np.uint64)
         self._next = 0
 
@@ -79,7 +93,6 @@ class Reader:
             self._state[hungry] = (self._state[hungry] << _WORD) | fill
         return bit
 
-    @property
-    def clean(self) -> bool:
-        """After the last step: every state is back where the encoder began and no word is left or missing."""
-        return self._next == len(self._words) and bool(np.all(self._state == _LOW))
+    def seals(self) -> np.ndarray | None:
+        """After the last step: the writer's seals, int64 (lanes,); None if words are left or missing."""
+        return (self._state - _LOW).astype(np.int64) if self._next == len(self._words) else None
