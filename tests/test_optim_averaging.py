@@ -85,3 +85,5 @@ def test_kind_none_and_a_foreign_average() -> None:
     assert build_average(AverageSection(kind="none"), model_of(1.0)) is None
     with pytest.raises(GolfError, match="different models"):
         restore(model_of(1.0), {"weight": torch.zeros(2, 3)})
+    with pytest.raises(GolfError, match="no weight average"):
+        EMA(model_of(1.0), 0.9).load_state_dict({})

@@ -56,6 +56,8 @@ class Average:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` gave (the tensors may lie on another device)."""
+        if COUNT not in state:
+            raise GolfError("the saved state holds no weight average; it belongs to a run without one")
         self.count = int(state[COUNT])
         self.shadow = {
             name.removeprefix("shadow."): tensor.clone() for name, tensor in state.items() if name.startswith("shadow.")
