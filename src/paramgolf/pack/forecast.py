@@ -21,7 +21,7 @@ from paramgolf.recipe.sections import GridSection, Recipe
 
 # Coded size over zero-order entropy, measured on trained-like weights; the other codecs lie within some percent.
 OVER_ENTROPY = {"rans": 0.985, "auto": 0.985, "brotli": 1.005, "zstd": 1.03, "lzma": 1.03, "zlib": 1.09}
-_FLOAT_RATIO = 0.92  # coded over plain size of scales and kept tensors
+_SCALE_RATIO, _KEPT_RATIO = 0.75, 0.84  # coded over plain size: sign and exponent bits mostly go, mantissas stay
 _FIXED = 500  # manifest and container
 _SAMPLE_ROWS = 24  # of each matrix
 
@@ -60,13 +60,14 @@ def plan_bytes(recipe: Recipe, vocab_size: int, *, tokenizer_bytes: int = 0, cod
         high += spec.size * (8 if recipe.pack.codec == "raw" else math.log2(grid.qmax - grid.qmin + 1))
         columns = spec.shape[-1] if spec.shape else 1
         typical += spec.size * _coded_bits(gaussian_bits(grid.section, columns), spec, recipe.pack.codec, overhead)
-    side = _side_bytes(specs)
+    scales, kept_bytes = _side_bytes(specs)
+    side = scales * _SCALE_RATIO + kept_bytes * _KEPT_RATIO
     rest = _FIXED + (tokenizer_bytes if recipe.pack.count == "file" else code_bytes)
     return SizePlan(
         params=sum(spec.size for spec in specs),
         payload_bytes=payload_bytes(specs),
-        typical_bytes=round(typical / 8 + side * _FLOAT_RATIO) + rest,
-        high_bytes=round(high / 8 * max(1.0, overhead)) + side + rest,
+        typical_bytes=round(typical / 8 + side) + rest,
+        high_bytes=round(high / 8 * max(1.0, overhead)) + scales + kept_bytes + rest,
         cap_bytes=recipe.budget.bytes,
         specs=tuple(specs),
     )
@@ -91,9 +92,10 @@ def forecast(state: Mapping[str, Tensor], recipe: Recipe, *, tokenizer_bytes: in
     for members in groups.values():
         entropy = _sampled_entropy([state[s.name] for s in members], stores[members[0].name])
         bits += sum(s.size * _coded_bits(entropy, s, recipe.pack.codec, overhead) for s in members)
-    side = _side_bytes(specs) + sum(t.numel() * t.element_size() for t in state.values() if not t.is_floating_point())
+    scales, kept = _side_bytes(specs)
+    kept += sum(t.numel() * t.element_size() for t in state.values() if not t.is_floating_point())
     rest = _FIXED + (tokenizer_bytes if recipe.pack.count == "file" else code_bytes)
-    return round(bits / 8 + side * _FLOAT_RATIO) + rest
+    return round(bits / 8 + scales * _SCALE_RATIO + kept * _KEPT_RATIO) + rest
 
 
 def _overhead(recipe: Recipe) -> float:
@@ -109,10 +111,11 @@ def _coded_bits(entropy: float, spec: TensorSpec, codec: str, overhead: float) -
     return entropy * overhead
 
 
-def _side_bytes(specs: Sequence[TensorSpec]) -> int:
-    """Plain bytes of scales and of tensors kept unquantised."""
+def _side_bytes(specs: Sequence[TensorSpec]) -> tuple[int, int]:
+    """Plain bytes of all scales, and of all tensors kept unquantised."""
     scale = {"float16": 2, "float32": 4}
-    return sum(math.prod(s.scale_shape) * scale[s.scale_dtype] if s.bits else s.nbytes for s in specs)
+    scales = sum(math.prod(s.scale_shape) * scale[s.scale_dtype] for s in specs if s.bits)
+    return scales, sum(s.nbytes for s in specs if not s.bits)
 
 
 def _sampled_entropy(tensors: Sequence[Tensor], store: Store) -> float:

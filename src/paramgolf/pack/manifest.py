@@ -22,6 +22,7 @@ MAX_LAYERS = 4096
 MAX_AXES = 4
 MAX_DEPTH = 12  # nesting of the JSON text
 
+_FLOATS = ("float16", "float32")
 _BLOCK = re.compile(r"^blocks\.(\d+)\.(.+)$")
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
 _NAME = re.compile(r"[A-Za-z0-9_.\-]{1,200}")
@@ -63,16 +64,20 @@ def canonical_order(specs: Sequence[TensorSpec]) -> list[int]:
 
 
 def table_rows(specs: Sequence[TensorSpec]) -> list[list[Any]]:
-    """Tensor table of specs in canonical order: [name, shape, store], alike layers as one row with first and last."""
+    """Tensor table of specs in canonical order: [name, shape, store], alike layers as one row with first and last.
+
+    Other plain types than float16 and float32 are marked "=int8", as "int8" is what people call a grid.
+    """
     rows: list[list[Any]] = []
     for spec in specs:
         if not _NAME.fullmatch(spec.name):
             raise GolfError(f"tensor name {spec.name!r} cannot be stored; use letters, digits, dots, dashes")
         found = _BLOCK.match(spec.name)
+        store = spec.store if spec.bits or spec.store in _FLOATS else f"={spec.store}"
         if not found:
-            rows.append([spec.name, list(spec.shape), spec.store])
+            rows.append([spec.name, list(spec.shape), store])
             continue
-        row, layer = [f"blocks.#.{found.group(2)}", list(spec.shape), spec.store], int(found.group(1))
+        row, layer = [f"blocks.#.{found.group(2)}", list(spec.shape), store], int(found.group(1))
         if rows and rows[-1][:3] == row and rows[-1][4] == layer - 1:
             rows[-1][4] = layer
         else:
@@ -117,8 +122,9 @@ def _spec(name: str, shape: tuple[int, ...], store: str, grids: Mapping[str, tup
     if store in grids:
         bits, scale_dtype, packed = grids[store]
         return TensorSpec(name, shape, store, bits, scale_dtype, packed and len(shape) >= 2)
-    _check(store in PLAIN_DTYPES, "type of a tensor")
-    return TensorSpec(name, shape, store)
+    plain = store if store in _FLOATS else store.removeprefix("=")
+    _check(plain in PLAIN_DTYPES and (plain in _FLOATS) == (plain == store), "type of a tensor")
+    return TensorSpec(name, shape, plain)
 
 
 def _parse_stores(stores: object) -> dict[str, tuple[int, str, bool]]:
@@ -129,7 +135,7 @@ def _parse_stores(stores: object) -> dict[str, tuple[int, str, bool]]:
         fields = _sequence(entry, "grid")
         _check(len(fields) == 3 and fields[1] in ("float16", "float32") and isinstance(fields[2], bool), "grid")
         bits = _number(fields[0], 8)
-        _check(bits >= 2 and (bits == 6 or not fields[2]) and name not in PLAIN_DTYPES, "grid")
+        _check(bits >= 2 and (bits == 6 or not fields[2]) and name not in _FLOATS and name[:1] != "=", "grid")
         grids[name] = bits, fields[1], fields[2]
     return grids
 

@@ -79,6 +79,8 @@ def tensor_table(
 
 def _store(name: str, section: QuantSection) -> Store:
     if name in section.grids:
+        if name in ("float16", "float32") or name.startswith("="):
+            raise GolfError(f"quant.grids.{name}: this is the name of a plain type; call the grid otherwise")
         grid = section.grids[name]
         if grid.packed and (grid.bits != 6 or grid.low_code != "symmetric"):
             raise GolfError(f"quant.grids.{name}: packed needs bits = 6 and low_code = 'symmetric'; unset packed")

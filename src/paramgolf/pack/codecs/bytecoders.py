@@ -17,7 +17,7 @@ from paramgolf.pack.packing import pack6, packed6_size, unpack6
 from paramgolf.pack.wire import Reader, varint
 
 _TRANSPOSED = 0x80
-_SAMPLE = 1 << 20  # bytes on which the variants of a larger role are compared
+_SAMPLE = 1 << 18  # bytes on which the variants of a larger role are compared
 
 
 def _by_role(specs: Sequence[CodeSpec]) -> list[list[int]]:
