@@ -39,7 +39,6 @@ class Block(nn.Module):
         cache: LayerCache | None = None,
     ) -> Tensor:
         mix_2D = self.resid_mix.to(x_BTD.dtype)
-        x = torch.addcmul(mix_2D[0] * x_BTD, mix_2D[1], x0_BTD)
-        attention = self.attn(rms_norm(x, self.norm_eps), rope, extras, cache)
-        x = torch.addcmul(x, self.attn_scale.to(x.dtype), attention)
-        return torch.addcmul(x, self.mlp_scale.to(x.dtype), self.mlp(rms_norm(x, self.norm_eps)))
+        x = mix_2D[0] * x_BTD + mix_2D[1] * x0_BTD
+        x = x + self.attn_scale.to(x.dtype) * self.attn(rms_norm(x, self.norm_eps), rope, extras, cache)
+        return x + self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(x, self.norm_eps))

@@ -210,7 +210,7 @@ class GPT(nn.Module):
             join = position - self.num_encoder
             if join >= 0 and stack:
                 assert self.skip_weights is not None
-                x = torch.addcmul(x, self.skip_weights[join].to(x.dtype), stack.pop())
+                x = x + self.skip_weights[join].to(x.dtype) * stack.pop()
             if flow.cache is None:
                 x = self._run_block(block, x, x0, rope, flow.extras)
             else:

@@ -51,4 +51,4 @@ class BigramHash(Part):
     def on_embedding(self, x_BTD: Tensor, flow: Flow) -> Tensor:
         row_BT = self.bucket(flow.ids_BT, flow.previous("bigram", flow.ids_BT, -1))
         pair_BTW = F.embedding(row_BT, self.embed.weight).to(x_BTD.dtype)
-        return torch.addcmul(x_BTD, self.scale.to(x_BTD.dtype), self.proj(pair_BTW))
+        return x_BTD + self.scale.to(x_BTD.dtype) * self.proj(pair_BTW)

@@ -31,4 +31,4 @@ class SmearGate(Part):
 
     def on_stream(self, x_BTD: Tensor, flow: Flow) -> Tensor:
         g_D = torch.sigmoid(self.gate).to(x_BTD.dtype)
-        return torch.lerp(x_BTD, flow.previous("smear", x_BTD, 0.0), g_D)
+        return (1 - g_D) * x_BTD + g_D * flow.previous("smear", x_BTD, 0.0)
