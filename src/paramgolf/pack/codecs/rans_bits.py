@@ -10,7 +10,7 @@ from collections.abc import Hashable
 _TOP = 48  # bits of `low` and `range`
 _RENORM = 1 << (_TOP - 8)
 _FULL = (1 << _TOP) - 1
-_SLOWEST = 160  # adaptation never gets slower than 1 / this
+_SLOWEST = 400  # adaptation never gets slower than 1 / this
 _RATE = [(1 << 16) // (n + 2) for n in range(_SLOWEST)]
 _HALF = [1 << 15, 0]
 

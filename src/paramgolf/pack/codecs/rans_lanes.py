@@ -82,7 +82,7 @@ def plan(ids: np.ndarray, tables: Tables, lanes: int, learn: bool = True) -> Pla
 
 
 def encode(ids: np.ndarray, plan: Plan, carry: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Flat symbol ids -> (states uint32 (lanes,), words uint16). `carry`: uint16 (lanes,), given back by the decoder."""
+    """Flat symbol ids -> (states uint32 (lanes,), words uint16). The decoder gives `carry`, uint16 (lanes,), back."""
     x = carry.astype(np.uint32) + np.uint32(_LOW)
     out: list[np.ndarray] = []
     batch = plan.lanes * _STEPS
@@ -126,10 +126,11 @@ class Decoder:
         ids = np.empty(len(contexts), np.int32)
         for start, end in blocks(len(contexts), self.lanes) if learn else [(0, len(contexts))]:
             freq, before = self.tables.frequencies()
-            flat = np.arange(freq.size, dtype=np.int32)
-            symbol_of = np.repeat(flat, freq.ravel())
-            slots = np.arange(symbol_of.size, dtype=np.int64) & (TOTAL - 1)
-            entry_of = (freq.ravel()[symbol_of] << 16 | slots - before.ravel()[symbol_of]).astype(np.uint32)
+            counts = freq.ravel()
+            symbol_of = np.repeat(np.arange(freq.size, dtype=np.int32), counts)
+            # uint32 arithmetic wraps: frequency << 16 | slot - cumulative, without a wide temporary
+            entry_of = np.repeat(((freq << 16) - before).astype(np.uint32).ravel(), counts)
+            entry_of.reshape(-1, TOTAL)[...] += np.arange(TOTAL, dtype=np.uint32)
             for low in range(start, end, self.lanes * _STEPS):
                 high = min(low + self.lanes * _STEPS, end)
                 where = self._batch(contexts[low:high], entry_of)

@@ -1,8 +1,7 @@
 """Side data of the weight coder: class vectors of rows and columns, predicted from vectors that are known already.
 
-Known before a vector is coded: the tensor's row scales, and every row or column vector coded earlier (all layers read and
-write one residual stream, and the rows of an MLP's first matrix are the columns of its second, so they resemble each
-other). A prediction is a sum of a few of them times slopes in sixteenths, all in integers. The functions here run
+Known before a vector is coded: the tensor's row scales, and every row or column vector coded earlier (all layers read
+and write one residual stream, and the rows of an MLP's first matrix are the columns of its second, so they are alike). A prediction is a sum of a few of them times slopes in sixteenths, all in integers. The functions here run
 both ways: with a BitWriter they code their arguments, with a BitReader they ignore them and return what was coded.
 """
 
@@ -110,7 +109,7 @@ def code_predictor(coder: Bits, axis: int, predictor: Predictor, sources: int) -
     return Predictor(base, terms)
 
 
-def code_residual(coder: Bits, residual: np.ndarray, length: int) -> np.ndarray:
+def code_residual(coder: Bits, axis: int, residual: np.ndarray, length: int) -> np.ndarray:
     """Differences from the prediction, int64 (length,)."""
     spread = 0
     if len(residual):
@@ -122,7 +121,7 @@ def code_residual(coder: Bits, residual: np.ndarray, length: int) -> np.ndarray:
     given = residual.tolist() if len(residual) else [0] * length
     out = []
     for value in given:
-        out.append(signed(coder, spread, value, 12))
+        out.append(signed(coder, (axis, spread), value, 12))
     return np.array(out, np.int64)
 
 
@@ -131,4 +130,8 @@ def code_live(coder: Bits, axis: int, live: np.ndarray, length: int) -> np.ndarr
     if not coder.bit(("dead", axis), len(live) > 0 and not live.all()):
         return np.ones(length, bool)
     given = live.tolist() if len(live) else [True] * length
-    return np.array([bool(coder.bit(("live", axis), bit)) for bit in given], bool)
+    out, last = [], 0
+    for bit in given:
+        last = coder.bit(("live", axis, last), bit)  # empty ones come in runs
+        out.append(bool(last))
+    return np.array(out, bool)

@@ -12,9 +12,9 @@ from math import isqrt
 
 import numpy as np
 
-PRECISION = 13  # frequencies of a table sum to 2**PRECISION
+PRECISION = 14  # frequencies of a table sum to 2**PRECISION
 TOTAL = 1 << PRECISION
-RESOLUTION = 8  # classes per octave
+RESOLUTION = 6  # classes per octave
 LOWEST_OCTAVE = -4  # class 1 has a standard deviation of 2**LOWEST_OCTAVE quantisation steps
 CLASSES = 14 * RESOLUTION  # classes 1..CLASSES; class 0 = "every value is zero"
 
@@ -95,7 +95,7 @@ def _shape(index: int) -> tuple[np.ndarray, int]:
 
 @lru_cache(maxsize=4096)
 def masses(shape: int, cls: int, low: int, high: int) -> np.ndarray:
-    """int64 masses of the integers low..high (clipped tails added to the ends) for class `cls` >= 1; sum about 2**20."""
+    """int64 masses of the integers low..high for class `cls` >= 1, tails added to the ends; they sum to about 2**20."""
     cumulative, deviation = _shape(shape)
     exponent = (LOWEST_OCTAVE << _FRACTION) + ((cls - 1) << _FRACTION) // RESOLUTION  # log2 of the width
     inverse = int(exp2_neg(np.array([(exponent + (8 << _FRACTION))]))[0])  # 2**(22 - exponent)
