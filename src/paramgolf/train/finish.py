@@ -10,6 +10,7 @@ import torch
 from paramgolf.optim.adam import Adam
 from paramgolf.optim.averaging import restore
 from paramgolf.optim.groups import named_parameters
+from paramgolf.recipe.sections import Recipe
 from paramgolf.train.budget import Position, StepTimer, post_window
 from paramgolf.train.callbacks import StepInfo
 from paramgolf.train.loop import Parts, Trainer, diverged
@@ -18,10 +19,12 @@ from paramgolf.train.signals import Interrupted, name
 
 HELD_OUT_FRACTION = 0.01
 HELD_OUT_TOKENS = 65_536
+SELECTION_FRACTION = 0.02  # of a time budget, for scoring raw and averaged weights
+FORWARD_SPEED = 2.5  # tokens a second of a forward pass alone, against those of training
 
 
 def finish(trainer: Trainer, held_out: np.ndarray | None, reserve_seconds: float) -> None:
-    """Bring the model to its final weights, in evaluation mode, and write the last checkpoint.
+    """Bring the model to its final weights and write the last checkpoint.
 
     Args:
         held_out: tokens of the training text that training did not see; None = keep the average unseen.
@@ -38,8 +41,22 @@ def finish(trainer: Trainer, held_out: np.ndarray | None, reserve_seconds: float
                 post_train(trainer, reserve_seconds)
         trainer.finished = True
         trainer.save()
-    parts.qat.set(False)
-    parts.model.eval()
+
+
+def selection_seconds(recipe: Recipe) -> float:
+    """What choosing between raw and averaged weights may take of a time budget."""
+    chosen = recipe.average.kind != "none" and recipe.average.select == "train"
+    return SELECTION_FRACTION * recipe.budget.seconds if chosen else 0.0
+
+
+def _affordable(trainer: Trainer, held_out: np.ndarray) -> np.ndarray:
+    """As much of the held-out tokens as can be scored twice in the time kept for it; all of them if untimed."""
+    seconds = selection_seconds(trainer.parts.recipe)
+    if not seconds or not trainer.at.elapsed:
+        return held_out
+    speed = FORWARD_SPEED * trainer.at.tokens / trainer.at.elapsed
+    least = 4 * trainer.parts.recipe.train.seq_len
+    return held_out[: max(least, int(speed * seconds / 2)) + 1]
 
 
 def _average(trainer: Trainer, held_out: np.ndarray | None) -> None:
@@ -53,6 +70,7 @@ def _average(trainer: Trainer, held_out: np.ndarray | None) -> None:
         parts.average.apply(parts.model)
         trainer.extra["average"] = {"used": True, "why": "select = always" if held_out is None else ""}
         return
+    held_out = _affordable(trainer, held_out)
     raw_loss = held_out_loss(parts, held_out)
     raw = parts.average.apply(parts.model)
     average_loss = held_out_loss(parts, held_out)

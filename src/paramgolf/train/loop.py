@@ -120,6 +120,7 @@ class Trainer:
                 if not self.stop_reason:
                     self._step(shape)
                     self._save_if_due()
+        self.extra.setdefault("main", {"seconds": self.at.elapsed, "steps": self.at.step})
         return self.stop_reason
 
     def _enter_stage(self) -> Shape:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from paramgolf.model.layers import Linear
+from paramgolf.model.gpt import GPT
 from paramgolf.quant.grid import Grid
 from paramgolf.quant.plan import plan
 from paramgolf.recipe.sections import Recipe
@@ -34,16 +34,15 @@ def weight_grids(model: nn.Module, recipe: Recipe, choice: str) -> dict[str, Gri
 class QatSwitch:
     """Turns the fake quantisation of linear weights on and off; `states` are those the run will pass through."""
 
-    def __init__(self, model: nn.Module, recipe: Recipe) -> None:
+    def __init__(self, model: GPT, recipe: Recipe) -> None:
+        self._model = model
         self._choice = recipe.quant.qat
         self._start = recipe.quant.qat_start
-        linears = {n: m for n, m in model.named_modules() if isinstance(m, Linear)}
+        self._grids: Grid | dict[str, Grid] | None = None
         if self._choice == "export":
-            grids = weight_grids(model, recipe, "export")
-            self._grids = [(module, grids.get(f"{name}.weight")) for name, module in linears.items()]
-        else:  # one grid for every linear weight, whatever its export
-            one = Grid(recipe.quant.grids[self._choice]) if self._choice else None
-            self._grids = [(module, one) for module in linears.values()]
+            self._grids = weight_grids(model, recipe, "export")
+        elif self._choice:  # one grid for every linear weight, whatever its export
+            self._grids = Grid(recipe.quant.grids[self._choice])
         self.on = False
         self.set(self.wanted(0.0))
 
@@ -60,8 +59,7 @@ class QatSwitch:
 
     def set(self, on: bool) -> None:
         if on != self.on:
-            for module, grid in self._grids:
-                module.grid = grid if on else None
+            self._model.set_qat(self._grids if on else None)
             self.on = on
 
 

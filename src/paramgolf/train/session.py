@@ -25,10 +25,10 @@ from paramgolf.train.callbacks import Callback, Callbacks, Forecast, JsonLines, 
 from paramgolf.train.checkpoint import Snapshot, Store, check_writable
 from paramgolf.train.clock import Clock
 from paramgolf.train.compiling import CompilePlan
-from paramgolf.train.finish import HELD_OUT_FRACTION, HELD_OUT_TOKENS, finish
+from paramgolf.train.finish import HELD_OUT_FRACTION, HELD_OUT_TOKENS, finish, selection_seconds
 from paramgolf.train.loop import Parts, Trainer
 from paramgolf.train.qat import QatSwitch
-from paramgolf.train.signals import Interrupts
+from paramgolf.train.signals import Interrupted, Interrupts, name
 from paramgolf.train.step import Stepper, raise_together
 from paramgolf.train.warmup import FirstBatches, compile_all, warm_up
 
@@ -46,7 +46,7 @@ class TrainResult:
     tokens: int
     final_loss: float  # nats per token, last step
     stop_reason: str
-    train_seconds: float  # budget clock from the first step to the last
+    train_seconds: float  # the budget's clock from the first step to the last of the main loop
     step_ms: float
     recompiles: int  # graphs compiled after warm-up
     warmup_steps: int
@@ -117,6 +117,7 @@ class Session:
         self.chosen = runtime.configure(recipe.train, dist.device)
         self.note_users()
         self.plan = CompilePlan(False, "not needed")
+        self.uncompiled = contextlib.ExitStack()
         self.warmup_steps = 0
         self.vocab_size = dataset.tokenizer.vocab_size
         self.on_main(self._prepare_folder)
@@ -193,13 +194,27 @@ class Session:
         self.trainer.begin(partial(self._window, reserve_seconds))
         if not done:
             self.trainer.run()
-        step_ms = 1e3 * self.trainer.at.elapsed / max(1, self.trainer.at.step)
         finish(self.trainer, self.held_out, reserve_seconds)
-        return TrainOutput(self.parts.model, self._result(resumed, step_ms))
+        signum = int(self.dist.all_max(self.parts.interrupts.pending))
+        if signum:
+            words = f"interrupted by {name(signum)} after training; its checkpoint is in {self.store.folder}"
+            raise Interrupted(f"{words}; go on with --resume", signum)
+        return TrainOutput(self._final_model(), self._result(resumed))
+
+    def _final_model(self) -> GPT:
+        """The trained weights in a model of their own: nothing compiled, no fake quantisation, evaluation mode."""
+        trained = self.parts.model
+        model = GPT(self.recipe.model, self.vocab_size).to(self.dist.device)
+        model.load_state_dict(trained.state_dict())
+        model.compute_dtype = trained.compute_dtype
+        model.context_len = trained.context_len
+        model.use_attention(self.recipe.train.attention, self.dist.device)
+        return model.eval()
 
     def _window(self, reserve_seconds: float, origin: float) -> Window:
         saves = 2 if self.recipe.quant.post_qat else 1
-        return training_window(self.recipe, origin, reserve_seconds + saves * self.trainer.save_seconds)
+        own = saves * self.trainer.save_seconds + selection_seconds(self.recipe)
+        return training_window(self.recipe, origin, reserve_seconds + own)
 
     def _find(self, resume: bool) -> Snapshot | None:
         """The checkpoint to go on from; the same on every rank."""
@@ -238,7 +253,7 @@ class Session:
                     lambda: parts.interrupts.check("compilation"),
                 )  # fmt: skip
                 if reason:
-                    parts.model.eager().__enter__()
+                    self.uncompiled.enter_context(parts.model.eager())
                     plan = CompilePlan(False, f"compiling failed, going on without: {reason}", plan.cache)
         if not plan.enabled and self.recipe.train.compile != "off":
             self.note(f"note: {plan.reason}")
@@ -260,16 +275,17 @@ class Session:
         weights = sum(p.numel() for p in self.parts.model.parameters())
         return 4 * weights * (4 if self.parts.average is not None else 3)
 
-    def _result(self, resumed: int, step_ms: float) -> TrainResult:
+    def _result(self, resumed: int) -> TrainResult:
         trainer, parts = self.trainer, self.parts
+        main = trainer.extra["main"]
         attention = parts.model.attention
         return TrainResult(
             steps=trainer.at.step,
             tokens=trainer.at.tokens,
             final_loss=trainer.loss,
             stop_reason=trainer.stop_reason,
-            train_seconds=trainer.at.elapsed,
-            step_ms=step_ms,
+            train_seconds=main["seconds"],
+            step_ms=1e3 * main["seconds"] / main["steps"],
             recompiles=trainer.recompiles if self.plan.enabled else 0,
             warmup_steps=self.warmup_steps,
             compiled={"enabled": self.plan.enabled, "reason": self.plan.reason, "cache": self.plan.cache},
