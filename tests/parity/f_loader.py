@@ -18,7 +18,9 @@ def check(path: Path, z: np.lib.npyio.NpzFile) -> list[Check]:
     checks: list[Check] = []
     global_tokens, seq_len = int(z["global_tokens"]), int(z["seq_len"])
     worlds = sorted(int(name[5:-2]) for name in z.files if name.startswith("world") and name.endswith("/x"))
-    names = sorted((n for n in z.files if n.startswith("shard") and not n.endswith("_sha256")), key=lambda n: int(n[5:]))
+    names = sorted(
+        (n for n in z.files if n.startswith("shard") and not n.endswith("_sha256")), key=lambda n: int(n[5:])
+    )
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder, f"{name}.bin") for name in names]
         for name, file in zip(names, files, strict=True):
@@ -28,8 +30,12 @@ def check(path: Path, z: np.lib.npyio.NpzFile) -> list[Check]:
         shards = [open_shard(file) for file in files]
         for world in worlds:
             for kind in ("x", "y"):
-                ours = np.stack([_micro_batches(shards, z[f"world{world}/x"], rank, world, global_tokens, seq_len)[kind]
-                                 for rank in range(world)])
+                ours = np.stack(
+                    [
+                        _micro_batches(shards, z[f"world{world}/x"], rank, world, global_tokens, seq_len)[kind]
+                        for rank in range(world)
+                    ]
+                )
                 checks.append(exact(f"world {world} {kind}", ours, z[f"world{world}/{kind}"]))
         del shards
     return checks
@@ -39,9 +45,7 @@ def _micro_batches(
     shards: list[np.memmap], like: np.ndarray, rank: int, world: int, global_tokens: int, seq_len: int
 ) -> dict[str, np.ndarray]:
     _, count, rows, _ = like.shape
-    loader = Loader(
-        shards, seq_len=seq_len, batch_tokens=global_tokens, rank=rank, world=world, order="sequential"
-    )
+    loader = Loader(shards, seq_len=seq_len, batch_tokens=global_tokens, rank=rank, world=world, order="sequential")
     x: list[np.ndarray] = []
     y: list[np.ndarray] = []
     while len(x) < count:

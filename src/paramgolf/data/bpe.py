@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 
 import sentencepiece
 
+from paramgolf.data.compact import canonical
 from paramgolf.data.sp_model import NORMAL, SPACE, build, own_pieces, parse
 from paramgolf.data.tokenizer import Tokenizer
 from paramgolf.errors import GolfError
@@ -87,5 +88,5 @@ def _learn(texts: list[str], room: int, split_digits: bool) -> tuple[list[str], 
         raise GolfError(f"training the tokenizer failed: {error}") from error
     found = [piece.text for piece in parse(out.getvalue()).pieces if piece.kind == NORMAL]
     chars = sorted({text for text in found if len(text) == 1} | {SPACE})
-    merges = [text for text in found if len(text) > 1][: room - len(chars)]
-    return merges, chars
+    merges = [text for text in found if len(text) > 1][: max(room - len(chars), 0)]
+    return canonical(merges, chars), chars

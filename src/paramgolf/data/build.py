@@ -21,6 +21,7 @@ from typing import Any
 
 from paramgolf.data import builtin, split
 from paramgolf.data.bpe import train_bpe
+from paramgolf.data.cache import remembered_sha256
 from paramgolf.data.encode_pool import encode_stream
 from paramgolf.data.official import check_vocabulary
 from paramgolf.data.shards import ShardWriter, read_header
@@ -32,7 +33,7 @@ from paramgolf.recipe.sections import DataSection
 
 Progress = Callable[[str, int, int | None], None]  # (phase, bytes done, bytes in all or None)
 
-FORMAT = 1  # raise when the meaning of a prepared folder changes: the cache key holds it
+FORMAT = 2  # raise when the meaning of a prepared folder changes: the cache key holds it
 PASSPORT, TOKENIZER, VAL_TEXT = "passport.json", "tokenizer.model", "val.txt"
 
 
@@ -57,7 +58,7 @@ def build(
 ) -> Path:
     """The folder of the prepared dataset; built only if there is none for the same content and settings."""
     progress = progress or _silent
-    inputs = _inputs(section, name, cache, progress)
+    inputs = read_inputs(section, name, cache, progress)
     try:
         key = _key(section, inputs)
         folder = out or cache / key[:20]
@@ -101,16 +102,20 @@ def _publish(work: Path, folder: Path, key: str) -> None:
     raise GolfError(f"cannot write {folder}; remove it and try again")
 
 
-def _inputs(section: DataSection, name: str, cache: Path, progress: Progress) -> Inputs:
+def read_inputs(section: DataSection, name: str, cache: Path, progress: Progress = _silent) -> Inputs:
+    """What `name` (file, folder, glob, "-", "" = built-in) and section.val give to read; which part is validation."""
     if not name:
         if section.val:
             val, _ = find(section.val, section.text_field)
-            return Inputs(builtin.documents, _reader(val), "data.val", _labels(val, progress) + [_builtin_label()])
+            return Inputs(
+                builtin.documents, _reader(val), "data.val", [*_labels(val, cache, progress), _builtin_label()]
+            )
         return Inputs(builtin.documents, None, "", [_builtin_label()])
-    temporary = None
+    temporary: Path | None = None
+    skipped: list[str] = []
     if name == "-":
         stdin = spool_stdin(cache, section.text_field)
-        found, skipped, temporary = [stdin], [], stdin.path
+        found, temporary = [stdin], stdin.path
     else:
         found, skipped = find(name, section.text_field)
     if section.val:
@@ -125,7 +130,7 @@ def _inputs(section: DataSection, name: str, cache: Path, progress: Progress) ->
         val = val if len(val) < len(found) else []  # all or the only one: then the name says nothing
         found = [s for s in found if s not in val]
         origin = "files named *val*"
-    labels = _labels([*found, *val], progress)
+    labels = _labels([*found, *val], cache, progress)
     return Inputs(_reader(found), _reader(val) if val else None, origin, labels, skipped, temporary)
 
 
@@ -133,10 +138,10 @@ def _reader(found: list[Source]) -> Callable[[], Iterator[Document]]:
     return lambda: itertools.chain.from_iterable(source.documents() for source in found)
 
 
-def _labels(found: list[Source], progress: Progress) -> list[dict[str, Any]]:
+def _labels(found: list[Source], cache: Path, progress: Progress) -> list[dict[str, Any]]:
     total, done, labels = sum(s.size() for s in found), 0, []
     for source in found:
-        labels.append({"name": source.name, "kind": source.kind, "sha256": source.sha256()})
+        labels.append({"name": source.name, "kind": source.kind, "sha256": remembered_sha256(source.path, cache)})
         done += source.size()
         progress("hash", done, total)
     return labels
@@ -190,7 +195,8 @@ def _excerpt(data: Buffer, limit: int, parts: int = 16) -> bytes:
     if len(data) <= limit:
         return bytes(data)
     size = limit // parts
-    return b"\n".join(bytes(data[at : at + size]) for at in range(0, len(data) - size, (len(data) - size) // (parts - 1)))
+    stride = (len(data) - size) // (parts - 1)
+    return b"\n".join(bytes(data[i * stride : i * stride + size]) for i in range(parts))
 
 
 def _build_in(work: Path, section: DataSection, inputs: Inputs, progress: Progress, workers: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""From a source of text to a dataset: tokenizer, shards, held-back documents and the passport that ties them together."""
+"""From a source of text to a dataset: tokenizer, shards, validation documents and the passport that ties them."""
 
 from __future__ import annotations
 
@@ -84,14 +84,16 @@ def prepare(
             official.check_vocabulary(dataset.tokenizer, section, where=str(folder / TOKENIZER), given=True)
             return dataset
         if official.has_shards(folder):
-            shards = official.find(folder, section)
+            shards = official.find(folder, section, cache)
             return Dataset(folder, shards.tokenizer, shards.train, shards.val, None, None, shards.passport)
     if name and folder.suffix == ".bin":
         raise GolfError(f"{name}: give the folder of the shards, not one shard")
     return Dataset.open(build.build(section, name, cache=Path(cache), out=out, progress=progress, workers=workers))
 
 
-def open_text(source: str | Path, tokenizer: Tokenizer, *, field: str = "text") -> tuple[np.ndarray, int | None, list[int]]:
+def open_text(
+    source: str | Path, tokenizer: Tokenizer, *, field: str = "text"
+) -> tuple[np.ndarray, int | None, list[int]]:
     """(tokens uint16 with BOS before each document, true bytes, bytes of each document) of the whole of `source`.
 
     Of a folder: its validation part if it has one. Shards carry no documents: (tokens, None, []).

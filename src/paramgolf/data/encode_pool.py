@@ -6,6 +6,7 @@ re-import of the caller's main module.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 import subprocess
@@ -70,7 +71,7 @@ def _batches(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[tu
     batch: Batch = []
     size = 0
     for document in documents:
-        for start, end in tokenizer.cuts(document.data, BATCH_BYTES):
+        for start, end in tokenizer.cuts(document.data):
             batch.append((start == 0, bytes(document.data[start:end])))
             size += end - start
             if size >= BATCH_BYTES:
@@ -110,10 +111,8 @@ class _Worker:
 
     def close(self) -> None:
         for stream in (self._to, self._from):
-            try:
+            with contextlib.suppress(OSError):  # it died with data still in the pipe; encode reported that
                 stream.close()
-            except OSError:  # it died with data still in the pipe; the error was reported by encode
-                pass
         self._process.kill()
         self._process.wait()
 

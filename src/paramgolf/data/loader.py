@@ -44,7 +44,7 @@ class TokenStream:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where the next batch begins. `position`: tokens consumed (sequential) or windows used of this epoch (shuffled)."""
+    """Where the next batch begins. position: tokens consumed (sequential), windows used of this epoch (shuffled)."""
 
     seq_len: int
     batch_tokens: int
@@ -81,7 +81,7 @@ class Loader:
         order: Literal["shuffled", "sequential"] = "shuffled",
         vocab_size: int | None = None,
     ) -> None:
-        """shards: uint16 arrays or memory maps. `vocab_size`: if given, every id of every batch is checked against it."""
+        """shards: uint16 arrays or memory maps. vocab_size: if given, every id of every batch is checked."""
         self._stream = TokenStream(shards)
         if self._stream.total < 2:
             raise GolfError(f"the training data has {self._stream.total} tokens; at least 2 are needed, give more text")
@@ -114,7 +114,7 @@ class Loader:
         return self._place.tokens / self._stream.total
 
     def next_batch(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(x, y), int64 (rows of this rank, T) on the CPU; a rank may get no rows when there are fewer rows than ranks."""
+        """(x, y), int64 (rows of this rank, T) on the CPU; a rank gets no rows when there are fewer rows than ranks."""
         while len(self._ahead) < _AHEAD:
             place = self._ahead[-1][1] if self._ahead else self._place
             starts, following = self._plan(place)

@@ -1,4 +1,4 @@
-"""Token files in the official format: 256 little-endian int32 words (magic, version, token count, zeros), then uint16 tokens."""
+"""Token files in the official format: 256 little-endian int32 words (magic, version, count, zeros), uint16 tokens."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from paramgolf.files import atomic_path
 MAGIC, VERSION = 20240520, 1
 HEADER_BYTES = 256 * 4
 SHARD_TOKENS = 100_000_000  # tokens in a full shard of the official export; ours are cut at the same size
+
+_AGAIN = "fetch or prepare it again"
 
 
 def header(count: int) -> bytes:
@@ -32,15 +34,17 @@ def read_header(path: str | Path) -> int:
     except OSError as error:
         raise GolfError(f"cannot read shard {path}: {error.strerror or error}") from error
     if len(raw) < HEADER_BYTES:
-        raise GolfError(f"{path}: {size} bytes are less than a shard header of {HEADER_BYTES}; fetch or prepare it again")
+        raise GolfError(f"{path}: truncated: {size} bytes, a shard header alone has {HEADER_BYTES}; {_AGAIN}")
     words = np.frombuffer(raw, dtype="<i4")
     if words[0] != MAGIC or words[1] != VERSION:
-        raise GolfError(f"{path}: not a token shard (magic {words[0]}, version {words[1]}; expected {MAGIC}, {VERSION})")
+        raise GolfError(
+            f"{path}: not a token shard (magic {words[0]}, version {words[1]}; expected {MAGIC}, {VERSION}); {_AGAIN}"
+        )
     count = int(words[2])
     expected = HEADER_BYTES + 2 * count
     if count < 0 or size != expected:
         state = "truncated" if size < expected else "longer than its header says"
-        raise GolfError(f"{path}: {state}: {size} bytes, {expected} expected for {count} tokens; fetch or prepare it again")
+        raise GolfError(f"{path}: {state}: {size} bytes, {expected} expected for {count} tokens; {_AGAIN}")
     return count
 
 
@@ -61,8 +65,10 @@ def check_ids(tokens: np.ndarray, vocab_size: int, where: str, chunk: int = 1 <<
         part = tokens[start : start + chunk]
         if int(part.max(initial=0)) >= vocab_size:
             at = start + int(np.argmax(part >= vocab_size))
-            raise GolfError(f"{where}: token id {int(tokens[at])} at position {at} is outside the vocabulary of {vocab_size};"
-                            " use the tokenizer the shards were made with")
+            raise GolfError(
+                f"{where}: token id {int(tokens[at])} at position {at} is outside the vocabulary of {vocab_size};"
+                " use the tokenizer the shards were made with"
+            )
 
 
 def write_shard(path: str | Path, tokens: np.ndarray) -> None:
@@ -86,7 +92,7 @@ class ShardWriter:
     def __enter__(self) -> ShardWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._close()
 
     def write(self, tokens: np.ndarray) -> None:

@@ -23,11 +23,10 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 from paramgolf.data.tokenizer import Buffer
 from paramgolf.errors import GolfError
-from paramgolf.files import sha256_file
 
 SEPARATOR = b"\x1e\n"
 COMPRESSED = {".gz", ".xz", ".zst", ".bz2", ".lzma"}
@@ -59,9 +58,6 @@ class Source:
 
     def size(self) -> int:
         return self.path.stat().st_size
-
-    def sha256(self) -> str:
-        return sha256_file(self.path)
 
     def documents(self) -> Iterator[Document]:
         """Its documents in order, flat in memory. GolfError with file and place for what is not text."""
@@ -153,7 +149,7 @@ def _open(path: Path) -> IO[bytes]:
     with path.open("rb") as stream:
         magic = stream.read(6)
     if magic[:2] == b"\x1f\x8b":
-        return gzip.open(path, "rb")
+        return cast(IO[bytes], gzip.open(path, "rb"))
     if magic[:6] == b"\xfd7zXZ\0" or (path.suffix == ".lzma" and magic[:3] == b"\x5d\0\0"):
         return lzma.open(path, "rb")
     if magic[:3] == b"BZh" and path.suffix == ".bz2":
@@ -279,11 +275,13 @@ def _parquet_rows(source: Source) -> Iterator[bytes]:
         table = pyarrow.parquet.ParquetFile(source.path, memory_map=True)
         names = table.schema_arrow.names
         if source.field not in names:
-            raise GolfError(f"{source.path}: no column '{source.field}' (columns: {', '.join(names)}); set data.text_field")
+            columns = ", ".join(names)
+            raise GolfError(f"{source.path}: no column '{source.field}' (columns: {columns}); set data.text_field")
         for batch in table.iter_batches(batch_size=256, columns=[source.field]):
             column = batch.column(0)
             if not pyarrow.types.is_string(column.type) and not pyarrow.types.is_large_string(column.type):
-                raise GolfError(f"{source.path}: column '{source.field}' holds {column.type}, not text; set data.text_field")
+                where = f"{source.path}: column '{source.field}'"
+                raise GolfError(f"{where} holds {column.type}, not text; set data.text_field")
             for text in column.to_pylist():
                 if text:
                     yield text.encode()

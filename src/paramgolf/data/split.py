@@ -24,7 +24,7 @@ def val_limit(total_bytes: int, val_max_bytes: int) -> int:
 
 
 def pick(keys: Sequence[int], sizes: Sequence[int], limit: int) -> list[int]:
-    """Indices of the documents held back: in order of their hash, those that fit, until nine tenths of `limit` are full."""
+    """Indices of the documents held back: in hash order, those that fit, until nine tenths of `limit` are full."""
     chosen, filled = [], 0
     for index in sorted(range(len(keys)), key=lambda i: (keys[i], i)):
         if filled + sizes[index] <= limit:

@@ -23,28 +23,7 @@ from paramgolf.files import sha256_bytes
 
 Buffer = bytes | bytearray | memoryview
 
-CHUNK_BYTES = 1 << 20  # a long document is encoded in parts of about this size
-_WORDS = re.compile(r" +[^ ]*|[^ ]+")
-_CACHE_WORDS = 300_000  # words remembered; about 60 MB at most
-_CACHE_WORD_LENGTH = 48  # longer words hardly repeat
-
-
-class _WordCache(dict[str, bytes]):
-    """Word -> its tokens as uint16 bytes, filled on first use.
-
-    A word is a run of blanks and what follows up to the next blank. No piece reaches over the start of a run of
-    blanks, so BPE of the text is the concatenation of BPE of its words: same tokens, several times faster.
-    """
-
-    def __init__(self, processor: sentencepiece.SentencePieceProcessor) -> None:
-        super().__init__()
-        self._processor = processor
-
-    def __missing__(self, word: str) -> bytes:
-        tokens = np.array(self._processor.encode(word), dtype=np.uint16).tobytes()
-        if len(word) <= _CACHE_WORD_LENGTH and len(self) < _CACHE_WORDS:
-            self[word] = tokens
-        return tokens
+CHUNK_BYTES = 1 << 16  # a long document is encoded in parts of about this size, where that changes nothing
 
 
 class Tokenizer:
@@ -137,10 +116,9 @@ class Tokenizer:
         return re.compile(f"([{SPACE}\udc80-\udcff{blank}]+)")
 
     @cached_property
-    def _words(self) -> _WordCache | None:
-        """The word cache, if no piece reaches over the start of a run of blanks."""
-        inner = any(SPACE in text.lstrip(SPACE) for text in self._normal_pieces)
-        return None if inner or not self.reversible else _WordCache(self._processor)
+    def _may_cut(self) -> bool:
+        """Whether no piece reaches over the start of a run of blanks, so that text may be cut there."""
+        return self.reversible and not any(SPACE in text.lstrip(SPACE) for text in self._normal_pieces)
 
     def encode(self, text: str | Buffer) -> np.ndarray:
         """Token ids of one text, without BOS; uint16 (n,).
@@ -169,11 +147,7 @@ class Tokenizer:
         return self._byte_ids[np.frombuffer(raw, np.uint8)].astype(np.uint16)
 
     def _encode_plain(self, text: str) -> np.ndarray:
-        if not text:
-            return np.zeros(0, np.uint16)
-        if self._words is None:
-            return np.array(self._processor.encode(text), dtype=np.uint16)
-        return np.frombuffer(b"".join(map(self._words.__getitem__, _WORDS.findall(text))), dtype=np.uint16)
+        return np.array(self._processor.encode(text), dtype=np.uint16)
 
     def encode_chunks(self, document: Buffer) -> Iterator[np.ndarray]:
         """The tokens of one document, BOS first, in parts: the concatenation equals encoding it whole."""
@@ -186,7 +160,7 @@ class Tokenizer:
         total, start = len(document), 0
         while start < total:
             end = total
-            if self._words is not None:
+            if self._may_cut:
                 end = self._safe_cut(document, start + size, total)
             yield start, end
             start = end
