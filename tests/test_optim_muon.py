@@ -17,7 +17,7 @@ from paramgolf.optim.muon import Muon, assign_owners, orthogonalize_cost
 from paramgolf.optim.registry import MATRIX_OPTIMIZERS
 from paramgolf.recipe.sections import OptimSection
 
-SHAPES = [(16, 16), (24, 16), (48, 16), (16, 24), (16, 80), (1, 40), (40, 1), (1, 1)]
+SHAPES = [(16, 16), (24, 16), (48, 16), (16, 24), (16, 80), (1, 40), (40, 1), (1, 1), (128, 260), (300, 130)]
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

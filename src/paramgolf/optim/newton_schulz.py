@@ -25,6 +25,7 @@ POLAR_EXPRESS: tuple[Coefficients, ...] = (
 """The optimal polynomial of each iteration (Amsel et al. 2025, arXiv 2505.16932); the last one repeats."""
 
 NORM_EPS = 1e-7
+GRAM_MIN_SIDE = 128
 
 
 def schedule_of(coefficients: Coefficients | Sequence[Coefficients], steps: int) -> list[Coefficients]:
@@ -51,8 +52,9 @@ def orthogonalize(
     norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
     x = x / (norm * safety + NORM_EPS)
     table = schedule_of(coefficients, steps)
-    # In float32 the m x m form is as good and cheaper once n is well above m; bfloat16 cannot afford to square X.
-    gram = dtype == torch.float32 and x.size(-1) >= 2 * x.size(-2)
+    # In float32 the m x m form is good enough and cheaper once n is well above m; bfloat16 cannot afford to square X.
+    # A small matrix has nothing to save, and there the last digits count: under QAT a trajectory is chaotic in them.
+    gram = dtype == torch.float32 and x.size(-1) >= 2 * x.size(-2) and x.size(-2) >= GRAM_MIN_SIDE
     x = _iterate_gram(x, table) if gram else _iterate(x, table)
     return x.mT if tall else x
 
