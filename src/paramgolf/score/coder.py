@@ -71,7 +71,8 @@ def path_log_odds(logits: torch.Tensor, tokens: torch.Tensor) -> np.ndarray:
         for k in range(depth)
         for left in [(tokens >> (depth - k) << 1)[:, None]]
     ]
-    return torch.cat(out, dim=1).cpu().numpy()
+    # A side without any id has no mass and a log-odds of minus infinity; its bit is not coded, so any number does.
+    return torch.cat(out, dim=1).clamp(-4 * FLOOR, 4 * FLOOR).cpu().numpy()
 
 
 def _bits(tokens: np.ndarray, depth: int) -> np.ndarray:

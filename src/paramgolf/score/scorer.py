@@ -174,7 +174,7 @@ def evaluating(model: GPT, seq_len: int) -> Iterator[None]:
     is."""
     training, context_len = model.training, model.context_len
     model.eval()
-    model.context_len = seq_len
+    model.context_len = max(context_len, seq_len)
     try:
         # Not inference_mode: tables that the model caches in here must stay usable in training.
         with torch.no_grad():
