@@ -1,4 +1,4 @@
-"""The artifact: everything comes back, every byte is accounted for, and a damaged or hostile file is one clear error."""
+"""The artifact: everything comes back, every byte is accounted for, a damaged or hostile file is one clear error."""
 
 from __future__ import annotations
 
@@ -49,7 +49,9 @@ def tensors() -> list[StoredTensor]:
         out += [
             kept(f"blocks.{layer}.attn_scale", (16,), "float32"),
             codes(f"blocks.{layer}.attn.c_q.weight", (16, 16)),
-            codes(f"blocks.{layer}.mlp.fc.weight", (32, 16)) if layer else kept("blocks.0.mlp.fc.weight", (32, 16), "float16"),
+            codes(f"blocks.{layer}.mlp.fc.weight", (32, 16))
+            if layer
+            else kept("blocks.0.mlp.fc.weight", (32, 16), "float16"),
         ]
     return [*out, kept("bigram.scale", (), "float16"), kept("seen", (2,), "int64")]
 
@@ -98,17 +100,21 @@ def test_every_codec_and_equal_bytes_for_equal_input(codec: str) -> None:
 
 
 def test_order_of_the_tensors_within_a_kind_does_not_matter() -> None:
-    shuffled = [t for t in tensors() if t.name.startswith("blocks.2")] + [t for t in tensors() if "blocks.2" not in t.name]
-    assert {t.name for t in decode_artifact(encode_artifact(dataclasses.replace(ARTIFACT, tensors=shuffled)).data).tensors} == {
-        t.name for t in tensors()
-    }
+    shuffled = [t for t in tensors() if t.name.startswith("blocks.2")] + [
+        t for t in tensors() if "blocks.2" not in t.name
+    ]
+    assert {
+        t.name for t in decode_artifact(encode_artifact(dataclasses.replace(ARTIFACT, tensors=shuffled)).data).tensors
+    } == {t.name for t in tensors()}
 
 
 def test_ledger_sums_to_the_file_and_names_groups(tmp_path: Path) -> None:
     ledger = write_artifact(tmp_path / "m.golf", ARTIFACT)
     assert sum(ledger.groups.values()) == len(DATA)
     assert ledger.groups["tokenizer"] == len(b"tokenizer bytes") and ledger.groups["extra"] == 40
-    assert {"embedding", "attention.q", "mlp.up", "control", "scales", "parts", "manifest", "container"} <= set(ledger.groups)
+    assert {"embedding", "attention.q", "mlp.up", "control", "scales", "parts", "manifest", "container"} <= set(
+        ledger.groups
+    )
     assert min(ledger.groups.values()) >= 0
     assert ledger.groups["manifest"] + ledger.groups["container"] < 400
     facts = describe_artifact(tmp_path / "m.golf")
@@ -272,7 +278,9 @@ def test_manifest_bomb_is_cut_off() -> None:
 
 @given(
     st.dictionaries(
-        st.sampled_from(["blocks.0.a", "blocks.1.a", "blocks.2.a", "blocks.10.a", "blocks.1.b.c", "x", "blocks.x", "y.z"]),
+        st.sampled_from(
+            ["blocks.0.a", "blocks.1.a", "blocks.2.a", "blocks.10.a", "blocks.1.b.c", "x", "blocks.x", "y.z"]
+        ),
         st.sampled_from([((4, 4), "q"), ((4, 8), "q"), ((4, 4), "float16"), ((), "float32")]),
     )
 )

@@ -113,7 +113,9 @@ def test_extra_sections_come_back(tmp_path: Path) -> None:
         ("model", None, "model configuration"),
     ],
 )
-def test_a_manifest_that_does_not_fit_its_tensors_is_refused(tmp_path: Path, key: str, value: object, message: str) -> None:
+def test_a_manifest_that_does_not_fit_its_tensors_is_refused(
+    tmp_path: Path, key: str, value: object, message: str
+) -> None:
     recipe = small()
     pack_model(weights(recipe).state_dict(), recipe, b"tok", tmp_path / "m", VOCAB)
     artifact = read_artifact(tmp_path / "m")
@@ -144,7 +146,9 @@ def test_plan_says_whether_it_fits() -> None:
     assert not plan_bytes(small("budget.bytes=1000"), VOCAB).fits
 
 
-@pytest.mark.parametrize(("grid", "columns"), [(GridSection(bits=6), 512), (GridSection(bits=8), 64), (GridSection(bits=4), 512)])
+@pytest.mark.parametrize(
+    ("grid", "columns"), [(GridSection(bits=6), 512), (GridSection(bits=8), 64), (GridSection(bits=4), 512)]
+)
 def test_gaussian_bits_against_drawn_rows(grid: GridSection, columns: int) -> None:
     from paramgolf.pack.ledger import entropy_bits
     from paramgolf.quant.grid import Grid

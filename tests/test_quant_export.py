@@ -16,7 +16,11 @@ from paramgolf.recipe.sections import GridSection, QuantSection, RuleSection
 INT6 = GridSection(bits=6)
 QUANT = QuantSection(
     grids={"int6": INT6},
-    rules=(RuleSection(match="@control", store="float32"), RuleSection(max_size=64, store="float16"), RuleSection(store="int6")),
+    rules=(
+        RuleSection(match="@control", store="float32"),
+        RuleSection(max_size=64, store="float16"),
+        RuleSection(store="int6"),
+    ),
 )
 
 
@@ -57,7 +61,8 @@ def test_half_precision_weights_are_taken_as_float32() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("bias", float("nan")), ("blocks.0.attn_scale", float("inf")), ("blocks.0.attn.c_q.weight", float("nan"))]
+    ("name", "value"),
+    [("bias", float("nan")), ("blocks.0.attn_scale", float("inf")), ("blocks.0.attn.c_q.weight", float("nan"))],
 )
 def test_non_finite_weights_are_refused(name: str, value: float) -> None:
     weights = state()
@@ -88,7 +93,11 @@ def test_pack6_layout_and_round_trip(columns: int) -> None:
 
 def test_pack6_bit_order() -> None:
     # value 0 in bits 0-5 of byte 0, value 1 in bits 6-7 of byte 0 and 0-3 of byte 1, and so on
-    assert pack6(np.array([[-30, -29, -28, -27]], np.int8)).tolist() == [1 | 2 << 6, 2 >> 2 | (3 << 4 & 0xFF), 3 >> 4 | 4 << 2]
+    assert pack6(np.array([[-30, -29, -28, -27]], np.int8)).tolist() == [
+        1 | 2 << 6,
+        2 >> 2 | (3 << 4 & 0xFF),
+        3 >> 4 | 4 << 2,
+    ]
 
 
 def test_a_stored_tensor_that_contradicts_its_spec_is_refused() -> None:

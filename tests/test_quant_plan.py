@@ -92,7 +92,9 @@ def test_bad_rules_give_one_clear_line(quant: QuantSection, message: str) -> Non
 
 def test_defaults_without_rules() -> None:
     assert set(stores(QuantSection()).values()) == {"float32"}
-    chosen = {n: s.name for n, s in plan({"w": (512, 512), "v": (7,)}, QuantSection(grids={"q": GridSection()}), 1).items()}
+    chosen = {
+        n: s.name for n, s in plan({"w": (512, 512), "v": (7,)}, QuantSection(grids={"q": GridSection()}), 1).items()
+    }
     assert chosen == {"w": "q", "v": "float16"}
 
 
