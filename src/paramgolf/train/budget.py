@@ -89,7 +89,8 @@ def training_window(recipe: Recipe, spent: float, reserve_seconds: float) -> Win
 
 
 def _main_part(total: int, post: float) -> int:
-    return max(1, total - round(total * post)) if total else 0
+    after = max(1, round(total * post)) if post else 0  # the phase always takes a step, so the loop leaves one
+    return max(1, total - after) if total else 0
 
 
 def post_window(recipe: Recipe, done: Position, spent: float, reserve_seconds: float) -> Window:

@@ -1,0 +1,34 @@
+"""Running recipes as a user would, in a process of their own with a cold compile cache, and reading their records."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def shared(*parts: str) -> Path:
+    """A file of the shared reference material; leaves with one line where it is absent."""
+    root = os.environ.get("PARAMGOLF_SHARED", "")
+    path = Path(root, *parts)
+    if not root or not path.exists():
+        sys.exit(f"bench: {'/'.join(parts)} is not there; set PARAMGOLF_SHARED to the shared reference material")
+    return path
+
+
+def golf_run(recipe: str, overrides: Sequence[str], *, train: str, val: str = "", out: Path | None = None) -> dict[str, Any]:
+    """`golf run RECIPE ...` from a cold compile cache; returns its record. Progress goes to stderr."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = out or Path(scratch, "run")
+        command = [sys.executable, "-m", "paramgolf", "run", recipe, *overrides, "--out", str(folder), "--json"]
+        command += [f"data.train={train}", *([f"data.val={val}"] if val else [])]
+        environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(Path(scratch, "inductor"))}
+        answer = subprocess.run(command, stdout=subprocess.PIPE, env=environment, check=False, text=True)
+        if answer.returncode:
+            raise RuntimeError(f"{' '.join(command)} ended with code {answer.returncode}")
+        return json.loads(answer.stdout)

@@ -1,0 +1,104 @@
+"""Recipes: what they resolve to, where values come from, and what a mistake is answered with."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from paramgolf.errors import GolfError
+from paramgolf.recipe.fromenv import from_command_line
+from paramgolf.recipe.load import from_table, load_recipe, recipe_names, resolve, to_table, to_toml
+from paramgolf.recipe.show import recipe_text
+
+PUBLISHED = ("baseline", "pr107", "pr114", "pr128", "pr137", "pr137-script")
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_survives_its_own_file(name: str) -> None:
+    recipe = load_recipe(name)
+    assert from_table(to_table(recipe)) == recipe
+    assert from_table(tomllib.loads(to_toml(recipe))) == dataclasses.replace(recipe, extends="")
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_recipes_keep_the_challenge_rules(name: str) -> None:
+    budget = load_recipe(name).budget
+    assert (budget.seconds, budget.bytes, budget.clock) == (600.0, 16_000_000, "challenge")
+    assert load_recipe(name).pack.count == "challenge"
+
+
+def test_children_inherit_and_the_origin_is_known(tmp_path: Path) -> None:
+    child = tmp_path / "mine.toml"
+    child.write_text('extends = "pr128"\n[model]\nmlp_hidden = 640\n')
+    resolved = resolve(str(child), ["optim.matrix_lr=0.5"])
+    recipe = resolved.recipe
+    assert (recipe.name, recipe.model.mlp_hidden, recipe.optim.matrix_lr) == ("mine", 640, 0.5)
+    assert recipe.train.seq_len == 4096  # from pr128
+    assert resolved.origin["model.mlp_hidden"] == "mine.toml"
+    assert resolved.origin["train.seq_len"] == "pr128.toml"
+    assert resolved.origin["optim.matrix_lr"].startswith("override")
+    assert "mlp_hidden = 640   # mine.toml" in recipe_text(resolved)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("modle.dim=3", ["modle", "did you mean 'model'"]),
+        ("model.mlp_hiden=3", ["model.mlp_hiden", "did you mean 'mlp_hidden'"]),
+        ("model.dim=0", ["model.dim", "greater than or equal to 1", "override model.dim=0"]),
+        ("model.dim=wide", ["model.dim", "'wide'", "integer"]),
+        ("budget.seconds=nan", ["budget.seconds", "finite"]),
+        ("train.dtype=float8", ["train.dtype", "'float32' or 'bfloat16'"]),
+        ("quant.qat=int5", ["quant.qat", "int5", "did you mean 'int"]),
+        ("dim=3", ["section.key=value"]),
+        ("model.dim", ["section.key=value"]),
+        ("stages.0.at=1", ["stages", "recipe file"]),
+    ],
+)
+def test_a_mistake_is_named(override: str, words: list[str]) -> None:
+    with pytest.raises(GolfError) as caught:
+        load_recipe("pr128", [override])
+    message = str(caught.value)
+    assert all(word in message for word in words), message
+    assert "\n" not in message
+
+
+def test_unknown_and_broken_recipes(tmp_path: Path) -> None:
+    with pytest.raises(GolfError, match="did you mean 'pocket'"):
+        load_recipe("pokcet")
+    with pytest.raises(GolfError, match="cannot read recipe file"):
+        load_recipe(str(tmp_path / "absent.toml"))
+    broken = tmp_path / "broken.toml"
+    broken.write_text("[model\n")
+    with pytest.raises(GolfError, match="not valid TOML"):
+        load_recipe(str(broken))
+    circle = tmp_path / "circle.toml"
+    circle.write_text(f'extends = "{circle}"\n')
+    with pytest.raises(GolfError, match="circle"):
+        load_recipe(str(circle))
+
+
+def test_an_official_command_line_becomes_overrides() -> None:
+    overrides, ignored = from_command_line(
+        "RUN_ID=x MLP_HIDDEN=1500 EVAL_STRIDE=64 TIE_EMBEDDINGS=0 QAT=0 torchrun --nproc_per_node=8 train_gpt.py"
+    )
+    recipe = load_recipe("pr107", overrides)
+    assert (recipe.model.mlp_hidden, recipe.score.stride, recipe.quant.qat) == (1500, 64, "")
+    assert recipe.model.tie_embeddings is False
+    assert ignored == ["RUN_ID"]
+
+
+def test_derived_variables() -> None:
+    overrides, _ = from_command_line("MODEL_DIM=384 MLP_MULT=3 MAX_WALLCLOCK_SECONDS=300 POST_QAT_SECONDS=30")
+    recipe = load_recipe("pr107", overrides)
+    assert recipe.model.mlp_hidden == 1152
+    assert recipe.quant.post_qat_frac == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("line", ["MLP_HIDEN=3 x", "no assignment", "A='open", "MLP_MULT=three"])
+def test_command_lines_that_cannot_be_read(line: str) -> None:
+    with pytest.raises(GolfError, match="--from-env"):
+        from_command_line(line)

@@ -1,0 +1,148 @@
+"""The main job from the outside: every recipe, shrunk by overrides only, on the built-in corpus."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from paramgolf.errors import GolfError
+from paramgolf.recipe.load import load_recipe, recipe_names
+from paramgolf.runner.record import SEAL, seal
+from paramgolf.runner.run import run
+from paramgolf.runner.summary import summary_text
+from paramgolf.train.clock import Clock
+
+TINY = [
+    "data.vocab_size=512", "data.tokenizer_text_bytes=200000", "data.val_max_bytes=20000",
+    "model.dim=32", "model.num_layers=4", "model.num_heads=4", "model.num_kv_heads=2", "model.mlp_hidden=48",
+    "train.seq_len=64", "train.batch_tokens=512", "train.compile=off", "train.log_every=1",
+    "schedule.warmup_steps=1", "budget.seconds=0", "budget.steps=6",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """One data cache for all tests of all workers, so that the corpus is tokenised once."""
+    os.environ.setdefault("PARAMGOLF_CACHE", str(tmp_path_factory.getbasetemp().parent / "cache"))
+
+
+def tiny(name: str, *more: str) -> Any:
+    sliding = ["score.stride=16"] if load_recipe(name).score.stride else []
+    return load_recipe(name, [*TINY, *sliding, *more])
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_recipe_runs_the_whole_job(name: str, tmp_path: Path) -> None:
+    recipe = tiny(name)
+    record = run(recipe, out=tmp_path / "run", clock=Clock(age=0.0))
+    assert record is not None
+    assert record["steps"] == 6  # the post-training phase of pr107 included
+    assert record["training"]["recompiles"] == 0
+    assert record["artifact_bytes"] == (tmp_path / "run" / "model.golf").stat().st_size
+    assert sum(record["ledger"].values()) == record["artifact_bytes"]
+    assert record["total_bytes"] <= recipe.budget.bytes
+    assert 1.0 < record["val_bpb"] < 9.0
+    assert record["bytes_from"] == "documents"
+    assert ("val_bpb_sliding" in record) == bool(recipe.score.stride)
+    assert record[SEAL] == seal(record)[SEAL]
+    on_disk = json.loads((tmp_path / "run" / "record.json").read_text())
+    assert on_disk == record
+    assert "the file" in summary_text(record)
+    html = (tmp_path / "run" / "report.html").read_text()
+    assert "<svg" in html
+    assert not re.search(r"<script|<link|(src|href)=.https?:|@import|url\(http", html)  # self-contained
+
+
+def test_a_finished_run_is_left_alone_and_an_occupied_folder_refused(tmp_path: Path) -> None:
+    recipe = tiny("pocket")
+    first = run(recipe, out=tmp_path / "run", clock=Clock(age=0.0))
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")}
+    assert run(recipe, out=tmp_path / "run", resume=True) == first
+    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")}
+    with pytest.raises(GolfError, match="already holds a run"):
+        run(recipe, out=tmp_path / "run")
+    with pytest.raises(GolfError, match=r"train\.seed differ"):
+        run(tiny("pocket", "train.seed=5"), out=tmp_path / "run", resume=True)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "letter.txt").write_text("mine")
+    with pytest.raises(GolfError, match="holds other files"):
+        run(recipe, out=tmp_path / "other")
+
+
+def test_the_same_seed_gives_the_same_file(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        run(tiny("pocket"), out=tmp_path / name, clock=Clock(age=0.0))
+    run(tiny("pocket", "train.seed=2"), out=tmp_path / "c", clock=Clock(age=0.0))
+    a, b, c = ((tmp_path / name / "model.golf").read_bytes() for name in "abc")
+    assert a == b
+    assert a != c
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["budget.bytes=20000"], ["budget.bytes=20000 is too small", "set budget.bytes="]),
+        (["budget.steps=0"], ["nothing ends the training"]),
+        (["optim.matrix=moun"], ["did you mean 'muon'"]),
+        (["pack.codec=brotly"], ["did you mean 'brotli'"]),
+        (["model.parts.smear_gat.x=1"], ["did you mean 'smear_gate'"]),
+        (["model.num_heads=5"], ["not a multiple"]),
+        (["data.train=/no/such/file.txt"], ["/no/such/file.txt"]),
+        (["data.tokenizer=/no/such.model"], ["/no/such.model"]),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(overrides: list[str], words: list[str], tmp_path: Path) -> None:
+    with pytest.raises(GolfError) as caught:
+        run(tiny("pocket", *overrides), out=tmp_path / "run", clock=Clock(age=0.0))
+    assert all(word in str(caught.value) for word in words), caught.value
+    assert not (tmp_path / "run" / "model.golf").exists()
+
+
+def golf(*arguments: str, **kwargs: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "paramgolf", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, **kwargs)
+
+
+def test_command_line(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    answer = golf("run", "pocket", *TINY, "--out", str(out), "--json")
+    assert answer.returncode == 0, answer.stderr
+    record = json.loads(answer.stdout)  # stdout holds exactly one object
+    assert record["recipe"] == "pocket"
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog.\n" * 20)
+    scored = golf("score", str(out), "--data", str(text), "--json")
+    assert json.loads(scored.stdout)["scored_bytes"] == len(text.read_bytes()) - 1  # the final newline ends the file
+    sampled = golf("sample", str(out), "def ", "--tokens", "8", "--seed", "3", "--json")
+    assert json.loads(sampled.stdout)["prompt"] == "def "
+    inspected = json.loads(golf("inspect", str(out), "--json").stdout)
+    assert sum(inspected["ledger"].values()) == inspected["bytes"]
+    assert golf("run", "pocket", *TINY, "--out", str(out), "--resume").returncode == 0
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["run", "pokcet"],
+        ["run", "pocket", "model.dmi=3"],
+        ["run", "pocket", "--no-such-option"],
+        ["fly"],
+        ["score", "/no/such/model.golf", "--data", "x"],
+        ["inspect", "/etc/hostname"],
+        ["sample", "/etc"],
+        ["recipes", "nothing"],
+    ],
+)
+def test_errors_are_one_line_and_code_2(arguments: list[str]) -> None:
+    answer = golf(*arguments)
+    assert answer.returncode == 2
+    assert answer.stdout == ""
+    assert answer.stderr.startswith("golf: error: ")
+    assert answer.stderr.count("\n") == 1
