@@ -114,7 +114,9 @@ def recipes_command(
 def score_command(
     artifact: Artifact,
     data: Annotated[str, typer.Option(help="The text to score, whole ('-' = stdin); of a folder its validation part.")],
-    stride: Annotated[int, typer.Option(min=0, help="Also score with windows that advance by this many tokens.")] = -1,
+    stride: Annotated[
+        int | None, typer.Option(min=0, help="Also score with windows that advance by this many tokens; 0 = do not.")
+    ] = None,
     seq_len: Annotated[int, typer.Option(min=0, help="Window length; 0 = the artifact's.")] = 0,
     as_json: Json = False,
 ) -> None:
@@ -122,7 +124,7 @@ def score_command(
     import paramgolf
 
     model = paramgolf.load(artifact_path(artifact))
-    result = model.score_data(data, stride=None if stride < 0 else stride, seq_len=seq_len)
+    result = model.score_data(data, stride=stride, seq_len=seq_len)
     from paramgolf.runner.summary import score_text
 
     emit(result, as_json, score_text(result))
