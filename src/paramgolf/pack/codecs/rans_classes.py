@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 
 from paramgolf.pack.codecs import rans_fit as fit
 from paramgolf.pack.codecs.base import CodeSpec
-from paramgolf.pack.codecs.rans_layout import STRENGTHS, Group, View, remember
+from paramgolf.pack.codecs.rans_layout import MOST_GROUPS, STRENGTHS, Group, View, remember
 from paramgolf.pack.codecs.rans_side import Sources, choose, predict
+
+Member = tuple[View, fit.Matrix]
+
+_GROUP_BITS = 200.0  # what a group costs beyond its tables: header, and group numbers of the matrices
+_MOST_SPLIT = 200  # matrices; more are not looked at one by one
 
 
 def fit_views(views: list[View], pieces: list[np.ndarray], specs: Sequence[CodeSpec]) -> list[Group]:
-    """Fill in the views (classes, predictors, live rows and columns) and return the groups."""
-    members: dict[int, list[tuple[View, fit.Matrix]]] = {}
+    """Fill in the views (classes, predictors, live rows and columns, group) and return the groups."""
+    by_bits: dict[int, list[Member]] = {}
     for view, piece in zip(views, pieces, strict=True):
         first = int(piece[0, 0])
         if (piece == first).all():
@@ -25,32 +31,61 @@ def fit_views(views: list[View], pieces: list[np.ndarray], specs: Sequence[CodeS
         whole = all(bool(live.all()) for live in view.live)
         matrix = fit.Matrix(piece if whole else piece[np.ix_(*view.live)])
         fit.start(matrix)
-        members.setdefault(specs[view.tensor].bits, []).append((view, matrix))
+        by_bits.setdefault(specs[view.tensor].bits, []).append((view, matrix))
+    room = max(MOST_GROUPS // max(len(by_bits), 1), 1)
+    families = [family for bits in sorted(by_bits) for family in _families(by_bits[bits], room)]
     groups = []
-    sources = Sources()
-    state = []
-    for bits in sorted(members):
-        matrices = [m for _, m in members[bits]]
-        low, high = (int(f([f(m.codes) for m in matrices])) for f in (np.min, np.max))
-        counts = fit.count(matrices)
-        _, shape, strength = fit.best_shape(counts, low, high, STRENGTHS)
-        groups.append(Group(low, high, shape, strength))
-        for view, _ in members[bits]:
-            view.group = len(groups) - 1
-        state.append((matrices, counts))
-    order = [(v, m) for bits in members for v, m in members[bits]]
-    position = {id(v): k for k, v in enumerate(views)}
-    order.sort(key=lambda pair: position[id(pair[0])])
+    for number, (members, counts) in enumerate(families):
+        low, high = (int(f([f(m.codes) for _, m in members])) for f in (np.min, np.max))
+        groups.append(Group(low, high, *fit.best_shape(counts, low, high, STRENGTHS)[1:]))
+        for view, _ in members:
+            view.group = number
+    place = {id(view): k for k, view in enumerate(views)}
+    order = sorted((member for members, _ in families for member in members), key=lambda m: place[id(m[0])])
+    counted = [counts for _, counts in families]
     for _round in range(2):
         sources = Sources()
         costs = [fit.cost_table(c, g.shape, STRENGTHS[g.strength], g.low, g.high)
-                 for g, (_, c) in zip(groups, state, strict=True)]  # fmt: skip
+                 for g, c in zip(groups, counted, strict=True)]  # fmt: skip
         for view, matrix in order:
             _fit_view(view, matrix, costs[view.group], sources)
-        state = [(matrices, fit.count(matrices)) for matrices, _ in state]
-        for g, (_, c) in zip(groups, state, strict=True):
+        counted = [fit.count([m for _, m in members]) for members, _ in families]
+        for g, c in zip(groups, counted, strict=True):
             _, g.shape, g.strength = fit.best_shape(c, g.low, g.high, STRENGTHS)
     return groups
+
+
+def _families(members: list[Member], room: int) -> list[tuple[list[Member], np.ndarray]]:
+    """Members split by the shape of their values (an embedding has heavier tails than a fresh projection), with counts.
+
+    Matrices of one best shape start together; neighbours in the order of tails are merged while that saves bits.
+    """
+    low, high = (int(f([f(m.codes) for _, m in members])) for f in (np.min, np.max))
+    if len(members) > _MOST_SPLIT or room == 1:
+        return [(members, fit.count([m for _, m in members]))]
+    start: dict[int, tuple[list[Member], np.ndarray]] = {}
+    for member in members:
+        counts = fit.count([member[1]])
+        rank = fit.TAILS.index(fit.best_shape(counts, low, high, [256])[1])
+        have = start.get(rank, ([], np.zeros_like(counts)))
+        start[rank] = [*have[0], member], have[1] + counts
+    families = [start[rank] for rank in sorted(start)]
+    bits = [fit.best_shape(c, low, high, [1024])[0] + _GROUP_BITS for _, c in families]
+    joint = [fit.best_shape(a[1] + b[1], low, high, [1024])[0] + _GROUP_BITS
+             for a, b in pairwise(families)]  # fmt: skip
+    while joint:
+        gains = [bits[k] + bits[k + 1] - joint[k] for k in range(len(joint))]
+        k = int(np.argmax(gains))
+        if gains[k] < 0 and len(families) <= room:
+            break
+        families[k : k + 2] = [(families[k][0] + families[k + 1][0], families[k][1] + families[k + 1][1])]
+        bits[k : k + 2] = [joint[k]]
+        del joint[k]
+        for side in (k - 1, k):
+            if 0 <= side < len(joint):
+                both = families[side][1] + families[side + 1][1]
+                joint[side] = fit.best_shape(both, low, high, [1024])[0] + _GROUP_BITS
+    return families
 
 
 def _fit_view(view: View, matrix: fit.Matrix, costs: np.ndarray, sources: Sources) -> None:

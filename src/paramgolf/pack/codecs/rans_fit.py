@@ -15,6 +15,7 @@ from paramgolf.pack.codecs import scale_model as sm
 
 _PAD = 4  # table rows repeated beyond either end, so that candidates need no clipping
 SYMBOLS = 256
+TAILS = (9, 8, 7, 6, 5, 4, 10, 11, 3, 12, 2, 1, 0, 13, 14, 15)  # indices into SHAPES, heaviest tails first
 
 
 @dataclass

@@ -24,7 +24,7 @@ from paramgolf.pack.codecs.rans_side import (
 )
 
 STRENGTHS = [1 << k for k in range(3, 19)]  # a starting table weighs as much as that many observations
-_MOST_GROUPS = 8
+MOST_GROUPS = 8
 _FAR = 4096  # classes beyond say nothing: sums are clipped to 1..CLASSES
 
 
@@ -76,7 +76,7 @@ def views_of(specs: Sequence[CodeSpec]) -> list[View]:
 
 def code_groups(coder: Bits, groups: list[Group]) -> list[Group]:
     count = unsigned(coder, "groups", len(groups))
-    if count > _MOST_GROUPS:
+    if count > MOST_GROUPS:
         raise ValueError("the weight stream has too many groups")
     out = []
     for k in range(count):

@@ -1,8 +1,9 @@
 """Side data of the weight coder: class vectors of rows and columns, predicted from vectors that are known already.
 
 Known before a vector is coded: the tensor's row scales, and every row or column vector coded earlier (all layers read
-and write one residual stream, and the rows of an MLP's first matrix are the columns of its second, so they are alike). A prediction is a sum of a few of them times slopes in sixteenths, all in integers. The functions here run
-both ways: with a BitWriter they code their arguments, with a BitReader they ignore them and return what was coded.
+and write one residual stream, and the rows of an MLP's first matrix are the columns of its second, so they are alike).
+A prediction is a sum of a few of them times slopes in sixteenths, all in integers. The functions here run both ways:
+with a BitWriter they code their arguments, with a BitReader they ignore them and return what was coded.
 """
 
 from __future__ import annotations
