@@ -111,11 +111,12 @@ def score(
     device = model.tok_emb.weight.device
     mine = whole.part(rank, world)
     deadline = began + limit_seconds if limit_seconds else math.inf
-    batch = _batch_rows(len(whole), world, min(seq_len, int(whole.length.max())), batch_tokens)
+    batch = batch_rows(len(whole), world, min(seq_len, int(whole.length.max())), batch_tokens)
     pieces: list[np.ndarray] = []
     late = broken = False
     with evaluating(model, seq_len):
-        for done, nll in _nll_batches(model, tokens, mine, batch, device):
+        for done, hidden, truth in window_batches(model, tokens, mine, batch):
+            nll = chunked_nll(hidden, model.head_weight(), truth, model.section.logit_softcap).cpu().numpy()
             pieces.append(nll)
             if progress is not None:
                 progress(done, len(mine))
@@ -184,7 +185,7 @@ def evaluating(model: GPT, seq_len: int) -> Iterator[None]:
         model.train(training)
 
 
-def _batch_rows(windows: int, world: int, width: int, batch_tokens: int) -> tuple[int, int]:
+def batch_rows(windows: int, world: int, width: int, batch_tokens: int) -> tuple[int, int]:
     """(rows, width) of every batch of every rank, at most `batch_tokens` over all ranks.
 
     The last batch is padded: where there are few batches the rows are spread evenly over them, so that little is
@@ -197,11 +198,16 @@ def _batch_rows(windows: int, world: int, width: int, batch_tokens: int) -> tupl
     return (most if batches > 8 else -(-each // batches)), width
 
 
-def _nll_batches(
-    model: GPT, tokens: np.ndarray, part: Plan, batch: tuple[int, int], device: torch.device
-) -> Iterator[tuple[int, np.ndarray]]:
-    """(windows done, float32 nll of the batch's scored targets in order) for each batch."""
+def window_batches(
+    model: GPT, tokens: np.ndarray, part: Plan, batch: tuple[int, int]
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """(windows done, hidden states (n, D), target ids (n,) int64) of each batch's scored positions, in the plan's
+    order.
+
+    `batch` is (rows, width) of every batch; call it inside `evaluating`.
+    """
     rows, width = batch
+    device = model.tok_emb.weight.device
     stream = torch.from_numpy(tokens.astype(np.int64)).to(device)
     offsets = np.arange(width)
     for low in range(0, len(part), rows):
@@ -214,5 +220,4 @@ def _nll_batches(
         places = np.stack((np.flatnonzero(scored), (start + offsets + 1)[scored]))  # in the flat batch, in the stream
         hidden = model.hidden(stream[torch.from_numpy(index).to(device)]).flatten(0, 1)
         position, target = torch.from_numpy(places).to(device)
-        nll = chunked_nll(hidden[position], model.head_weight(), stream[target], model.section.logit_softcap)
-        yield high, nll.cpu().numpy()
+        yield high, hidden[position], stream[target]

@@ -1,0 +1,118 @@
+"""A token stream to bytes and back with a model: the scorer's windows encode, the cache decodes.
+
+The encoder runs the model over whole windows in batches, as the scorer does; the decoder runs it token by token with
+a KV cache, all lanes side by side. Both follow the same `exact` plan, so the size is the score's, plus what `coder`
+costs. The first token of each lane is given, not coded: the caller's begin-of-document token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from paramgolf.errors import GolfError
+from paramgolf.model.cache import KVCache
+from paramgolf.model.gpt import GPT
+from paramgolf.model.loss import softcap
+from paramgolf.score import coder
+from paramgolf.score.scorer import batch_rows, evaluating, window_batches
+from paramgolf.score.windows import plan
+
+SAMPLE_TOKENS = 4096  # decisions of so many tokens choose the coder's settings
+LOGITS_AT_ONCE = 2**22
+Progress = Callable[[int, int], None]
+
+
+def encode_stream(
+    model: GPT,
+    tokens: np.ndarray,
+    *,
+    seq_len: int,
+    stride: int = 0,
+    lane_starts: tuple[int, ...] = (0,),
+    tolerance: float = 1e-4,
+    batch_tokens: int = 16_384,
+    progress: Progress | None = None,
+) -> bytes:
+    """All tokens but the first of each lane as bytes. `tolerance`: log-odds by which the decoder may differ."""
+    whole = plan(len(tokens), seq_len, stride or seq_len, lane_starts=lane_starts)
+    # The targets come in stream order, so a lane's are what lies between its start and the next.
+    targets = whole.targets()
+    lane_of = np.searchsorted(lane_starts, targets, side="right") - 1
+    encoder: coder.Encoder | None = None
+    held: list[np.ndarray] = []
+    fed = done = 0
+    with evaluating(model, seq_len):
+        batch = batch_rows(len(whole), 1, min(seq_len, int(whole.length.max())), batch_tokens)
+        for windows, hidden, truth in window_batches(model, tokens, whole, batch):
+            held.append(_log_odds(model, hidden, truth))
+            done += len(truth)
+            if encoder is None and (done >= SAMPLE_TOKENS or windows == len(whole)):
+                sample = np.concatenate(held)[:SAMPLE_TOKENS]
+                settings = coder.fit(tolerance, sample, tokens[targets[: len(sample)]], model.vocab_size)
+                encoder = coder.Encoder(settings, len(lane_starts))
+            if encoder is not None:
+                log_odds, held = np.concatenate(held), []
+                for lane in np.unique(lane_of[fed:done]):
+                    mine = lane_of[fed:done] == lane
+                    encoder.add(int(lane), log_odds[mine], tokens[targets[fed:done][mine]])
+                fed = done
+            if progress is not None:
+                progress(windows, len(whole))
+    assert encoder is not None
+    return encoder.finish()
+
+
+def _log_odds(model: GPT, hidden: torch.Tensor, truth: torch.Tensor) -> np.ndarray:
+    """(n, depth) float64 for hidden states (n, D) and the tokens (n,) that follow, a few at a time."""
+    size = max(1, LOGITS_AT_ONCE // model.vocab_size)
+    parts = [
+        coder.path_log_odds(_logits(model, hidden[low : low + size]), truth[low : low + size])
+        for low in range(0, len(truth), size)
+    ]
+    return np.concatenate(parts)
+
+
+def _logits(model: GPT, hidden: torch.Tensor) -> torch.Tensor:
+    """(n, V) float32, as `GPT.logits` forms them."""
+    raw = torch.nn.functional.linear(hidden, model.head_weight().to(hidden.dtype))
+    return softcap(raw.float(), model.section.logit_softcap)
+
+
+def decode_stream(
+    model: GPT, data: bytes, *, first_token: int, seq_len: int, stride: int = 0, progress: Progress | None = None
+) -> list[np.ndarray]:
+    """The lanes' tokens, int64, each with its `first_token`: their concatenation is what was encoded.
+
+    Model, `seq_len` and `stride` must be those of the encoder. `progress(done, total)` counts steps of all lanes.
+    Raises GolfError if `data` is no coded stream of this vocabulary, CheckFailed if the tokens do not match their
+    checksum.
+    """
+    stride = stride or seq_len
+    decoder = coder.Decoder(data)
+    if decoder.settings.vocab_size != model.vocab_size:
+        raise GolfError(
+            f"the text was coded with a vocabulary of {decoder.settings.vocab_size} tokens, the model has "
+            f"{model.vocab_size}; use the model it was coded with"
+        )
+    lanes, steps = len(decoder.lengths), int(decoder.lengths.max())
+    device = model.tok_emb.weight.device
+    columns = [np.full(lanes, first_token, dtype=np.int64)]  # of the streams, so far
+    cache, start = KVCache(seq_len), 0
+    with evaluating(model, seq_len):
+        while not decoder.done:
+            read = decoder.position - start  # tokens of this window already in the cache
+            if read == seq_len:  # the next window of the plan: read again what it shares with this one
+                start += stride
+                cache.reset()
+                read = 0
+            unread = np.stack(columns[start + read :], axis=1)
+            logits = model.logits(torch.from_numpy(unread).to(device), cache, last_only=True)[:, -1]
+            columns.append(np.maximum(decoder.step(logits), 0))
+            if progress is not None:
+                progress(decoder.position, steps)
+    decoder.finish()
+    whole = np.stack(columns, axis=1)
+    return [row[: length + 1] for row, length in zip(whole, decoder.lengths.tolist(), strict=True)]
