@@ -97,7 +97,7 @@ def test_damaged_codes_never_pass_as_something_else(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", list(CODECS))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(data=st.data())
 def test_flipped_codes_raise_only_the_allowed_errors(name: str, data: st.DataObject) -> None:
     tensors, encoded = fuzz_payload(name)
@@ -130,7 +130,7 @@ def test_byte_coders(coder: int, size: int) -> None:
 def test_a_bomb_is_cut_off_at_the_promised_size(coder: int, tmp_path: Path) -> None:
     script = (
         "import sys\nfrom paramgolf.pack import bytecoding\n"
-        f"bomb = bytecoding.compress(bytes(1 << 25), {coder}, 1)\n"
+        f"bomb = bytecoding.compress(bytes(3 << 23), {coder}, 1)\n"
         "open(sys.argv[1], 'wb').write(bomb)\n"
     )
     check = (
@@ -143,7 +143,7 @@ def test_a_bomb_is_cut_off_at_the_promised_size(coder: int, tmp_path: Path) -> N
     bomb = str(tmp_path / "bomb")
     subprocess.run([sys.executable, "-c", script, bomb], check=True)
     grown = subprocess.run([sys.executable, "-c", check, bomb], check=True, capture_output=True, text=True).stdout
-    assert int(grown) < 16_384  # kB; the bomb holds 32,768
+    assert int(grown) < 12_288  # kB; the bomb holds 24,576
 
 
 @settings(max_examples=50, deadline=None)

@@ -23,6 +23,7 @@ SMALL = [
     "model.num_kv_heads=2",
     "model.mlp_hidden=160",
     "budget.bytes=0",
+    "pack.codec=zlib",
     "train.seq_len=128",
 ]
 VOCAB = 300
@@ -127,7 +128,7 @@ def test_a_manifest_that_does_not_fit_its_tensors_is_refused(
         load_model(tmp_path / "bad")
 
 
-@pytest.mark.parametrize("codec", ["raw", "zlib", "zstd", "lzma", "brotli", "auto"])
+@pytest.mark.parametrize("codec", ["raw", "zlib", "auto"])
 @pytest.mark.parametrize("name", ["pocket", "pr114", "pr107"])
 def test_forecast_and_plan_come_close(tmp_path: Path, name: str, codec: str) -> None:
     recipe = small(f"pack.codec={codec}", "pack.count=file", name=name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,6 @@ _GROUPS = {
     "mlp.fc.weight": "mlp.up",
     "mlp.proj.weight": "mlp.down",
 }
-NOT_WEIGHTS = ("tokenizer", "manifest", "container", "extra")
 
 
 def group_of(name: str) -> str:
@@ -42,7 +41,7 @@ class Ledger:
     codec: str = ""
     payload_bytes: int = 0
     tensors: int = 0
-    weights: int = field(default=0)
+    weights: int = 0
 
     @property
     def file_bytes(self) -> int:
@@ -54,11 +53,6 @@ class Ledger:
         if self.count == "file":
             return self.file_bytes
         return self.file_bytes - self.groups.get("tokenizer", 0) + self.code_bytes
-
-    @property
-    def weight_bytes(self) -> int:
-        """Codes, scales and unquantised tensors."""
-        return sum(size for group, size in self.groups.items() if group not in NOT_WEIGHTS)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data for the record."""
