@@ -145,6 +145,11 @@ def test_forecast_and_plan_come_close(tmp_path: Path, name: str, codec: str) -> 
 def test_plan_says_whether_it_fits() -> None:
     assert plan_bytes(small("budget.bytes=1000000"), VOCAB).fits
     assert not plan_bytes(small("budget.bytes=1000"), VOCAB).fits
+    for name in ("baseline", "pr107", "pr114", "pr128", "pr137", "pr137-script"):  # all of them did fit
+        recipe = load_recipe(name)
+        sizes = plan_bytes(recipe, 1024)
+        assert sizes.low_bytes < sizes.typical_bytes < sizes.high_bytes
+        assert sizes.fits
 
 
 @pytest.mark.parametrize(

@@ -28,10 +28,15 @@ _SAMPLE_ROWS = 24  # of each matrix
 
 @dataclass(frozen=True)
 class SizePlan:
-    """Sizes a recipe will give, in bytes. `typical` assumes Gaussian rows, `high` weights without any structure."""
+    """Sizes a recipe will give, in bytes. `typical` assumes Gaussian rows, `high` weights without any structure.
+
+    `low` is what trained weights have never gone below: heavier tails than a Gaussian's leave fewer bits inside a clip
+    at the maximum, and an absolute floor of the scale leaves fewer the smaller the weights are.
+    """
 
     params: int
     payload_bytes: int  # uncompressed tensors
+    low_bytes: int  # what the cap counts, at the least
     typical_bytes: int  # what the cap counts, expected
     high_bytes: int  # what the cap counts, at the most
     cap_bytes: int
@@ -39,8 +44,8 @@ class SizePlan:
 
     @property
     def fits(self) -> bool:
-        """Whether the expected size is within the cap (True without a cap)."""
-        return not self.cap_bytes or self.typical_bytes <= self.cap_bytes
+        """False when there is no hope to stay within the cap (True without one): ground to refuse before training."""
+        return not self.cap_bytes or self.low_bytes <= self.cap_bytes
 
 
 def plan_bytes(recipe: Recipe, vocab_size: int, *, tokenizer_bytes: int = 0, code_bytes: int = 0) -> SizePlan:
@@ -52,20 +57,23 @@ def plan_bytes(recipe: Recipe, vocab_size: int, *, tokenizer_bytes: int = 0, cod
     specs = tensor_table(shapes, recipe.quant, recipe.model.num_layers, kept)
     grids = {name: Grid(grid) for name, grid in recipe.quant.grids.items()}
     overhead = _overhead(recipe)
-    typical = high = 0.0
+    low = typical = high = 0.0
     for spec in specs:
         if not spec.bits:
             continue
         grid = grids[spec.store]
         high += spec.size * (8 if recipe.pack.codec == "raw" else math.log2(grid.qmax - grid.qmin + 1))
         columns = spec.shape[-1] if spec.shape else 1
-        typical += spec.size * _coded_bits(gaussian_bits(grid.section, columns), spec, recipe.pack.codec, overhead)
+        bits = spec.size * _coded_bits(gaussian_bits(grid.section, columns), spec, recipe.pack.codec, overhead)
+        typical += bits
+        low += bits * (1.0 if recipe.pack.codec == "raw" else _low_share(grid.section))
     scales, kept_bytes = _side_bytes(specs)
     side = scales * _SCALE_RATIO + kept_bytes * _KEPT_RATIO
     rest = _FIXED + (tokenizer_bytes if recipe.pack.count == "file" else code_bytes)
     return SizePlan(
         params=sum(spec.size for spec in specs),
         payload_bytes=payload_bytes(specs),
+        low_bytes=round(low / 8 + side) + rest,
         typical_bytes=round(typical / 8 + side) + rest,
         high_bytes=round(high / 8 * max(1.0, overhead)) + scales + kept_bytes + rest,
         cap_bytes=recipe.budget.bytes,
@@ -96,6 +104,13 @@ def forecast(state: Mapping[str, Tensor], recipe: Recipe, *, tokenizer_bytes: in
     kept += sum(t.numel() * t.element_size() for t in state.values() if not t.is_floating_point())
     rest = _FIXED + (tokenizer_bytes if recipe.pack.count == "file" else code_bytes)
     return round(bits / 8 + scales * _SCALE_RATIO + kept * _KEPT_RATIO) + rest
+
+
+def _low_share(grid: GridSection) -> float:
+    """Part of the Gaussian bits that trained weights take at the least; a clip at k deviations fixes the bits."""
+    if grid.floor:
+        return 0.4
+    return 0.93 if grid.clip == "sdclip" else 0.8
 
 
 def _overhead(recipe: Recipe) -> float:
