@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import Any
 
 import numpy as np
@@ -176,6 +177,8 @@ def test_rounding_to_float16_is_the_cast() -> None:
     assert torch.equal(round_to_float16(x), x.half().float())
 
 
+@pytest.mark.full  # generates code
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
 @pytest.mark.parametrize("clip", CLIPS, ids=ids_of_clips)
 def test_compiled_training_sees_the_exported_weights(clip: dict[str, Any]) -> None:
     """A compiler that dropped the rounding of the scale would train on another grid than the file's."""

@@ -24,6 +24,8 @@ from paramgolf.model.cache import KVCache
 from paramgolf.model.init import init_matrices
 from paramgolf.model.layers import Linear, rms_norm
 from paramgolf.model.loss import FusedLoss, chunked_nll, nll_and_slope, softcap
+from paramgolf.model.native.runner import NativeRunner
+from paramgolf.model.native.runner import why_not as native_why_not
 from paramgolf.model.parts.base import Flow, Part, read_config
 from paramgolf.model.registry import ACTIVATIONS, PARTS
 from paramgolf.model.rope import rope_tables, stretched_base
@@ -77,6 +79,7 @@ class GPT(nn.Module):
         self._attention_key: tuple[Any, ...] = ()
         self._rope: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
         self._run_block: Callable[..., Tensor] = run_block
+        self._native: NativeRunner | None = None
         self._chunk_fn = nll_and_slope
 
     def _add_parts(self) -> tuple[str, ...]:
@@ -125,15 +128,29 @@ class GPT(nn.Module):
             block.attn.attend = self.attention.attend
         return self.attention
 
-    def compile_regions(self, mode: str | None = None) -> None:
+    def compile_regions(self, mode: str | None = None, backend: str = "inductor") -> None:
         """Compile the block and the loss chunk; the blocks share one graph, so the time does not grow with the layers.
 
         Shapes are static: each new (B, T), training or not, QAT or not, costs one more compilation. Use `eager()` for
-        odd shapes. Decoding with a cache always runs eagerly. `mode` is torch.compile's.
+        odd shapes. Decoding with a cache always runs eagerly. `mode` and `backend` are torch.compile's.
         """
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-        self._run_block = torch.compile(run_block, dynamic=False, fullgraph=True, mode=mode)
-        self._chunk_fn = torch.compile(nll_and_slope, dynamic=False, fullgraph=True, mode=mode)
+        how: dict[str, Any] = {"dynamic": False, "fullgraph": True, "mode": mode, "backend": backend}
+        self._run_block = torch.compile(run_block, **how)
+        self._chunk_fn = torch.compile(nll_and_slope, **how)
+
+    def use_native(self, seq_len: int) -> str:
+        """Run layers and loss by the fused CPU kernels (see native/) on rows of a multiple of `seq_len` tokens.
+
+        Returns "" or why that is not possible here.
+        """
+        reason = native_why_not(self, seq_len)
+        self._native = None if reason else NativeRunner(self)
+        return reason
+
+    def use_plain(self) -> None:
+        """Undo `use_native`."""
+        self._native = None
 
     @contextmanager
     def eager(self) -> Iterator[None]:
@@ -154,10 +171,16 @@ class GPT(nn.Module):
             return self.logits(ids_BT)
         h_ND = self.hidden(ids_BT).flatten(0, 1)
         targets_N, w_VD, cap = targets_BT.reshape(-1), self.head_weight(), self.section.logit_softcap
+        native = self._native if self._native is not None and h_ND.dtype == torch.bfloat16 else None
         if reduction == "none":
+            if native is not None:
+                return native.nll(h_ND, w_VD, targets_N).view(targets_BT.shape)
             return chunked_nll(h_ND, w_VD, targets_N, cap).view(targets_BT.shape)
         if torch.is_grad_enabled() and (h_ND.requires_grad or w_VD.requires_grad):
-            total = FusedLoss.apply(h_ND, w_VD, targets_N, cap, self._chunk_fn)
+            if native is not None:
+                total = native.total_loss(h_ND, w_VD, targets_N)
+            else:
+                total = FusedLoss.apply(h_ND, w_VD, targets_N, cap, self._chunk_fn)
         else:
             total = chunked_nll(h_ND, w_VD, targets_N, cap).sum()
         return total if reduction == "sum" else total / (targets_N >= 0).sum().clamp_min(1)
@@ -186,6 +209,8 @@ class GPT(nn.Module):
             cache.room_for(ids_BT.shape[1])
             start = cache.length
         x = self.embed(flow)
+        if self._native is not None and cache is None and self._native.fits(x):
+            return self._native.layers(x, self._rope_for(start, ids_BT, cache))
         x = self._run_layers(x, flow, self._rope_for(start, ids_BT, cache))
         if cache is not None:
             cache.length += ids_BT.shape[1]

@@ -6,7 +6,7 @@ adding a part does not move the others' numbers.
 
 from __future__ import annotations
 
-import zlib
+import hashlib
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,9 @@ ORTHOGONAL_MIN_SIDE = 64  # PR 137's script leaves smaller matrices alone
 
 
 def generator_for(seed: int, name: str) -> torch.Generator:
-    """A CPU generator for one tensor."""
-    return torch.Generator().manual_seed((seed << 32) ^ zlib.crc32(name.encode()))
+    """A CPU generator for one tensor. The framework's CPU generator uses 32 bits of its seed and drops the rest."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
 
 
 def uniform_fan_in(shape: tuple[int, int], generator: torch.Generator) -> Tensor:

@@ -47,10 +47,12 @@ def nll_and_slope(z_NV: Tensor, targets_N: Tensor, cap: float) -> tuple[Tensor, 
 
 def chunks(count: int, vocab_size: int, device: torch.device) -> Iterator[slice]:
     """Slices covering `count` positions, all of one length where a fitting divisor exists (one compiled shape)."""
+    if count == 0:
+        return iter(())
     most = max(1, CHUNK_ELEMENTS.get(device.type, 1 << 24) // vocab_size)
     pieces = -(-count // most)
     even = next((p for p in range(pieces, 2 * pieces + 1) if count % p == 0), pieces)
-    size = -(-count // max(even, 1)) if count else 1
+    size = -(-count // even)
     return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
 
