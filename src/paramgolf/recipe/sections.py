@@ -101,6 +101,7 @@ class TrainSection:
     device: str = "auto"  # auto, cpu, cuda
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of activations and matrix products
     compile: Literal["auto", "on", "off"] = "auto"
+    kernels: Literal["auto", "fused", "plain"] = "auto"  # fused = our CPU kernels (bfloat16, AVX-512) where they fit
     attention: str = "auto"  # a name of model.ATTENTION_BACKENDS
     threads: Count = 0  # CPU threads; 0 = all
     log_every: Positive = 10  # steps

@@ -6,7 +6,9 @@ budget counts are the design's: tokenising, scoring and the report are measured 
 
 from __future__ import annotations
 
+import dataclasses
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,10 @@ from typing import Any
 import torch
 
 from paramgolf.data.dataset import Dataset, prepare
+from paramgolf.data.progress import ProgressReport
 from paramgolf.dist import Dist
 from paramgolf.dist import init as init_dist
-from paramgolf.errors import GolfError
+from paramgolf.errors import GolfError, on_every_rank
 from paramgolf.model.gpt import GPT
 from paramgolf.model.registry import ACTIVATIONS, ATTENTION_BACKENDS
 from paramgolf.optim.registry import MATRIX_OPTIMIZERS
@@ -26,8 +29,9 @@ from paramgolf.pack.packer import load_model, pack_model
 from paramgolf.pack.registry import CODECS
 from paramgolf.quant.registry import QUANTIZERS
 from paramgolf.recipe.sections import Recipe
-from paramgolf.runner.folder import RunFolder, default_root, open_folder
+from paramgolf.runner.folder import RunFolder, claim
 from paramgolf.runner.peers import compress_peers
+from paramgolf.runner.phases import Phases
 from paramgolf.runner.record import causes, write_record
 from paramgolf.runner.report import write_report
 from paramgolf.score.scorer import Score, score
@@ -65,24 +69,65 @@ def run(
         GolfError: anything wrong with the input, found before the work that would need it.
     """
     clock = clock or Clock()
-    check(recipe)
+    with on_every_rank():
+        check(recipe)
+    if data:
+        recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, train=data))
     dist = init_dist(recipe.train.device)
-    folder = _claim(recipe, out, resume, dist)
+    claimed = _on_main(dist, lambda: claim(out, recipe, resume=resume, note=Phases().note))
+    folder = RunFolder(Path(claimed["root"]))
+    recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, train=claimed["train"]))
     finished = folder.read_record() if resume else None
     if finished is not None:
         return finished if dist.is_main else None
+    try:
+        record = _work(recipe, folder, dist, clock, resume)
+    except BaseException:
+        if dist.is_main:
+            folder.abandon()
+        raise
+    dist.close()
+    return record
+
+
+def _work(recipe: Recipe, folder: RunFolder, dist: Dist, clock: Clock, resume: bool) -> dict[str, Any] | None:
+    """All phases, in order; the record on the main rank."""
     with clock.phase("data", outside=True):
-        dataset = _dataset(recipe, data, dist)
-        job = Job(recipe, folder, dataset, dist, clock, dataset.tokenizer.compact())
+        dataset = _dataset(recipe, dist)
+        _on_main(dist, lambda: folder.same_data(dataset.passport))
+    job = Job(recipe, folder, dataset, dist, clock, dataset.tokenizer.compact())
+    with on_every_rank():
+        check(recipe, job.vocab_size, len(job.tokenizer_bytes))
     trained = job.train(resume)
     floats = job.score_floats(trained.model)
-    ledger = job.pack(trained.model)
+    ledger = job.pack(trained)
     results = job.score_artifact()
     return job.conclude(trained, floats, ledger, results) if dist.is_main else None
 
 
-def check(recipe: Recipe) -> None:
-    """Everything about a recipe that can be wrong before any data is read: components, sizes, the cap."""
+def _on_main(dist: Dist, work: Callable[[], Any]) -> Any:
+    """The JSON-able answer of the main rank on every rank; its GolfError is every rank's."""
+    answer: dict[str, Any] = {}
+    if dist.is_main:
+        try:
+            answer["is"] = work()
+        except GolfError as error:
+            if dist.world == 1:
+                raise
+            answer = {"error": str(error), "exit_code": error.exit_code}
+    answer = dist.broadcast_json(answer)
+    if "error" in answer:
+        failure = GolfError(answer["error"])
+        failure.exit_code, failure.shared = answer["exit_code"], True
+        raise failure
+    return answer["is"]
+
+
+def check(recipe: Recipe, vocab_size: int = 0, tokenizer_bytes: int = 0) -> None:
+    """Everything about a recipe that can be wrong before any training: components, sizes, the cap.
+
+    Without `vocab_size` and `tokenizer_bytes` (before the data is read) the recipe's and a guess are used.
+    """
     for registry, name in (
         (MATRIX_OPTIMIZERS, recipe.optim.matrix),
         (ACTIVATIONS, recipe.model.activation),
@@ -95,34 +140,32 @@ def check(recipe: Recipe) -> None:
         ATTENTION_BACKENDS.check(recipe.train.attention)
     if not (recipe.budget.seconds or recipe.budget.steps or recipe.budget.tokens):
         raise GolfError("nothing ends the training: set budget.seconds, budget.steps or budget.tokens")
-    plan = plan_bytes(recipe, recipe.data.vocab_size)
+    vocab_size = vocab_size or recipe.data.vocab_size
+    plan = plan_bytes(recipe, vocab_size, tokenizer_bytes=tokenizer_bytes or 2 * vocab_size)
     if not plan.fits:
         raise GolfError(
-            f"budget.bytes={plan.cap_bytes} is too small for this recipe: {plan.params:,} parameters are "
-            f"expected to take {plan.typical_bytes:,} bytes; set budget.bytes={plan.typical_bytes}, or a smaller model"
+            f"budget.bytes={plan.cap_bytes} is too small for this recipe: its {plan.params:,} parameters are expected "
+            f"to take {plan.typical_bytes:,} bytes; set budget.bytes={_rounded_up(plan.typical_bytes)}, or a smaller "
+            "model.mlp_hidden, model.dim or model.num_layers"
         )
 
 
-def _claim(recipe: Recipe, out: Path | None, resume: bool, dist: Dist) -> RunFolder:
-    """The main rank claims the folder, the others are told which; a refusal is every rank's."""
-    answer: dict[str, str] = {}
-    if dist.is_main:
-        try:
-            answer["root"] = str(open_folder(out or default_root(recipe), recipe, resume=resume).root)
-        except GolfError as error:
-            answer["error"] = str(error)
-    answer = dist.broadcast_json(answer)
-    if "error" in answer:
-        raise GolfError(answer["error"])
-    return RunFolder(Path(answer["root"]))
+def _rounded_up(size: int) -> int:
+    """A cap that an expected size can be relied on to stay within: 2 % more, to a round number."""
+    return -(-size * 102 // 100_000) * 1000
 
 
-def _dataset(recipe: Recipe, data: str | None, dist: Dist) -> Dataset:
-    """Prepared once, by the main rank; the others find it in the cache."""
-    source = data or recipe.data.train or None
-    dataset = prepare(recipe.data, source, cache=cache_root()) if dist.is_main else None
-    dist.barrier()
-    return dataset or prepare(recipe.data, source, cache=cache_root())
+def _dataset(recipe: Recipe, dist: Dist) -> Dataset:
+    """Prepared once, by the main rank; the others open what it made."""
+    made: list[Dataset] = []
+
+    def make() -> str:
+        with ProgressReport() as progress:
+            made.append(prepare(recipe.data, cache=cache_root(), progress=progress))
+        return str(made[0].root)
+
+    root = _on_main(dist, make)
+    return made[0] if made else prepare(recipe.data, root, cache=cache_root())
 
 
 @dataclass
@@ -139,6 +182,11 @@ class Job:
     @property
     def vocab_size(self) -> int:
         return self.dataset.tokenizer.vocab_size
+
+    @property
+    def phases(self) -> Phases:
+        """What a person at the terminal sees of the work around training."""
+        return Phases(quiet=not self.dist.is_main)
 
     def _packing_seconds(self) -> float:
         """What quantising and coding will take of the budget."""
@@ -160,41 +208,41 @@ class Job:
     def score_floats(self, model: GPT) -> Score:
         """The trained weights before quantisation, on the windows of the standard score."""
         with self.clock.phase("score", outside=True):
-            return self._score(model, stride=0)
+            return self._score(model, "scoring the trained weights", stride=0)
 
-    def pack(self, model: GPT) -> Ledger:
+    def pack(self, trained: TrainOutput) -> Ledger:
         """Quantise, code and write `model.golf` on the main rank; every rank waits for the file."""
-        ledger, answer = Ledger({}), {"error": ""}
-        if self.dist.is_main:
-            try:
-                with self.clock.phase("pack"):
-                    ledger = pack_model(
-                        model.state_dict(), self.recipe, self.tokenizer_bytes, self.folder.artifact, self.vocab_size
-                    )
-            except GolfError as error:
-                answer["error"] = str(error)
-        if message := self.dist.broadcast_json(answer)["error"]:
-            raise GolfError(message)
-        return ledger
+        ledgers: list[Ledger] = []
+
+        def write() -> None:
+            with self.clock.phase("pack"), self.phases.of(f"packing ({self.recipe.pack.codec})"):
+                ledgers.append(pack_model(
+                    trained.model.state_dict(), self.recipe, self.tokenizer_bytes, self.folder.artifact,
+                    self.vocab_size, dtype=trained.result.dtype,
+                ))  # fmt: skip
+
+        _on_main(self.dist, write)
+        return ledgers[0] if ledgers else Ledger({})
 
     def score_artifact(self) -> dict[str, Any]:
         """The file as read back from disk: standard score, and sliding if the recipe asks for it."""
         with self.clock.phase("read", outside=True):
             model = load_model(self.folder.artifact, self.dist.device).model
         with self.clock.phase("score", outside=True):
-            results = self._score(model, stride=0).as_dict()
-            if self.recipe.score.stride:
-                results |= self._score(model, stride=self.recipe.score.stride).as_dict()
+            results = self._score(model, "scoring the file", stride=0).as_dict()
+            if stride := self.recipe.score.stride:
+                results |= self._score(model, f"scoring the file, sliding by {stride}", stride=stride).as_dict()
         return results
 
-    def _score(self, model: GPT, *, stride: int) -> Score:
+    def _score(self, model: GPT, what: str, *, stride: int) -> Score:
         section, data = self.recipe.score, self.dataset
-        return score(
-            model, data.val_tokens(), token_bytes=data.tokenizer.token_bytes, true_bytes=data.val_bytes,
-            seq_len=section.seq_len or self.recipe.train.seq_len, stride=stride, batch_tokens=section.batch_tokens,
-            dist=self.dist, windows=section.windows, lane_count=section.lanes,
-            limit_seconds=self.recipe.budget.eval_seconds,
-        )  # fmt: skip
+        with self.phases.of(what) as progress:
+            return score(
+                model, data.val_tokens(), token_bytes=data.tokenizer.token_bytes, true_bytes=data.val_bytes,
+                seq_len=section.seq_len or self.recipe.train.seq_len, stride=stride, batch_tokens=section.batch_tokens,
+                dist=self.dist, windows=section.windows, lane_count=section.lanes,
+                limit_seconds=self.recipe.budget.eval_seconds, progress=progress,
+            )  # fmt: skip
 
     def conclude(self, trained: TrainOutput, floats: Score, ledger: Ledger, results: dict[str, Any]) -> dict[str, Any]:
         """The record and the report, once everything else is on disk."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -54,6 +55,7 @@ class TrainResult:
     dtype: str
     threads: int
     attention: str
+    kernels: str  # fused (our CPU kernels) or plain
     micro_tokens: int
     world: int
     resumed_from: int  # step, 0 = not resumed
@@ -119,6 +121,7 @@ class Session:
         self.plan = CompilePlan(False, "not needed")
         self.uncompiled = contextlib.ExitStack()
         self.warmup_steps = 0
+        self.kernels = "plain"
         self.vocab_size = dataset.tokenizer.vocab_size
         self.on_main(self._prepare_folder)
         self.parts, self.held_out = self._build(dataset, interrupts)
@@ -235,11 +238,16 @@ class Session:
         """Decide about compiling, compile all graphs that training will need, and fall back where that fails."""
         parts, kind = self.parts, self.recipe.budget.clock
         shapes = all_shapes(self.recipe)
+        self.kernels = self._fused_kernels([shape.seq_len for shape in shapes])
+        if self.kernels == "fused" and self.recipe.train.compile != "on":
+            self.plan = CompilePlan(False, "the fused CPU kernels leave nothing to compile")
+            return
         spent = self.clock.spent(kind)
         if snapshot is not None:
             spent += float(snapshot.state["clock"]["strict" if kind == "strict" else "challenge"])
         count = sum(p.numel() for p in parts.model.parameters())
-        graphs = len(shapes) * len(parts.qat.states)
+        kinds = {(s.seq_len, size) for s in shapes for size in parts.stepper.sizes(len(self.first(s)[0]), s.seq_len)}
+        graphs = len(kinds) * len(parts.qat.states)
         plan = compiling.decide(self.recipe, parameters=count, graphs=graphs, device=self.dist.device.type, spent=spent)
         # a decision that depends on one rank's clock or disk must not differ between ranks
         if self.dist.all_max(float(not plan.enabled)) and plan.enabled:
@@ -258,6 +266,18 @@ class Session:
         if not plan.enabled and self.recipe.train.compile != "off":
             self.note(f"note: {plan.reason}")
         self.plan = plan
+
+    def _fused_kernels(self, lengths: Sequence[int]) -> str:
+        """Switch to the fused CPU kernels where the recipe and all ranks allow it; "fused" or "plain"."""
+        wanted = self.recipe.train.kernels
+        with self.clock.phase("kernels"):
+            reason = "train.kernels = plain" if wanted == "plain" else self.parts.model.use_native(math.gcd(*lengths))
+        if wanted == "fused" and reason:
+            raise GolfError(f"train.kernels = fused is not possible here: {reason}; use train.kernels=auto")
+        if self.dist.all_max(float(bool(reason))):
+            self.parts.model.use_plain()
+            return "plain"
+        return "fused"
 
     def _warm_up(self) -> None:
         parts, schedule = self.parts, self.recipe.schedule
@@ -292,6 +312,7 @@ class Session:
             dtype=str(self.chosen.dtype).removeprefix("torch."),
             threads=self.chosen.threads,
             attention=attention.name if attention else "",
+            kernels=self.kernels,
             micro_tokens=parts.stepper.micro_tokens,
             world=self.dist.world,
             resumed_from=resumed,
