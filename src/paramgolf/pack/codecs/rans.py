@@ -17,6 +17,7 @@ from paramgolf.pack.codecs.base import CodeSpec, CodeTensor
 from paramgolf.pack.codecs.rans_bits import BitReader, Bits, BitWriter
 from paramgolf.pack.codecs.rans_classes import fit_views
 from paramgolf.pack.codecs.rans_layout import code_groups, code_view, slices, views_of
+from paramgolf.pack.codecs.rans_offset import offset
 from paramgolf.pack.codecs.rans_side import Sources
 from paramgolf.pack.codecs.rans_tables import code_escape, codes_of, contexts_of, symbols_of
 
@@ -137,6 +138,8 @@ def decode_tensors(data: bytes, specs: Sequence[CodeSpec]) -> list[np.ndarray]:
             piece[:] = block
         else:
             piece[np.ix_(*view.live)] = block
+        if view.components:
+            piece += offset(view.components, view.rows, view.columns)
     if zlib.crc32(b"".join(o.tobytes() for o in out)) != checksum:
         raise ValueError("the checksum of the weights does not match")
     for spec, array in zip(specs, out, strict=True):

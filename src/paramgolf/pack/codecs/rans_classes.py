@@ -10,6 +10,7 @@ import numpy as np
 from paramgolf.pack.codecs import rans_fit as fit
 from paramgolf.pack.codecs.base import CodeSpec
 from paramgolf.pack.codecs.rans_layout import MOST_GROUPS, STRENGTHS, Group, View, remember
+from paramgolf.pack.codecs.rans_offset import find, offset
 from paramgolf.pack.codecs.rans_side import Sources, choose, predict
 
 Member = tuple[View, fit.Matrix]
@@ -19,13 +20,22 @@ _MOST_SPLIT = 200  # matrices; more are not looked at one by one
 
 
 def fit_views(views: list[View], pieces: list[np.ndarray], specs: Sequence[CodeSpec]) -> list[Group]:
-    """Fill in the views (classes, predictors, live rows and columns, group) and return the groups."""
+    """Fill in the views (components, live rows and columns, classes, group) and return the groups.
+
+    `pieces` become what is coded: where components are taken off a matrix, its piece is replaced.
+    """
     by_bits: dict[int, list[Member]] = {}
-    for view, piece in zip(views, pieces, strict=True):
+    for number, (view, piece) in enumerate(zip(views, pieces, strict=True)):
         first = int(piece[0, 0])
         if (piece == first).all():
             view.constant = first
             continue
+        view.components = find(piece)
+        rest = piece - offset(view.components, view.rows, view.columns) if view.components else piece
+        if rest.any():
+            piece = pieces[number] = rest
+        else:  # exactly its components: leave them, so that there is something to code
+            view.components = []
         filled = piece != 0
         view.live = [filled.any(1), filled.any(0)]
         whole = all(bool(live.all()) for live in view.live)
@@ -43,12 +53,12 @@ def fit_views(views: list[View], pieces: list[np.ndarray], specs: Sequence[CodeS
     place = {id(view): k for k, view in enumerate(views)}
     order = sorted((member for members, _ in families for member in members), key=lambda m: place[id(m[0])])
     counted = [counts for _, counts in families]
-    for _round in range(2):
+    for reach in (2, 1):
         sources = Sources()
         costs = [fit.cost_table(c, g.shape, STRENGTHS[g.strength], g.low, g.high)
                  for g, c in zip(groups, counted, strict=True)]  # fmt: skip
         for view, matrix in order:
-            _fit_view(view, matrix, costs[view.group], sources)
+            _fit_view(view, matrix, costs[view.group], sources, reach)
         counted = [fit.count([m for _, m in members]) for members, _ in families]
         for g, c in zip(groups, counted, strict=True):
             _, g.shape, g.strength = fit.best_shape(c, g.low, g.high, STRENGTHS)
@@ -88,12 +98,12 @@ def _families(members: list[Member], room: int) -> list[tuple[list[Member], np.n
     return families
 
 
-def _fit_view(view: View, matrix: fit.Matrix, costs: np.ndarray, sources: Sources) -> None:
+def _fit_view(view: View, matrix: fit.Matrix, costs: np.ndarray, sources: Sources, reach: int) -> None:
     for axis in (0, 1):
         known = sources.known(view.scale if axis == 0 else None, (view.rows, view.columns)[axis])
         live = view.live[axis]
         fine = matrix.fine_row if axis == 0 else matrix.fine_column
         predictor = view.predictors[axis] = choose(fine, live, known)
-        fit.refine(matrix, costs, axis, predict(predictor, known, len(live))[live])
+        fit.refine(matrix, costs, axis, predict(predictor, known, len(live))[live], reach)
         view.classes[axis] = matrix.row if axis == 0 else matrix.column
         remember(sources, view, axis)

@@ -12,6 +12,7 @@ import numpy as np
 
 from paramgolf.pack.codecs.base import CodeSpec
 from paramgolf.pack.codecs.rans_bits import Bits, signed, unsigned
+from paramgolf.pack.codecs.rans_offset import Component, code_components
 from paramgolf.pack.codecs.rans_side import (
     UNIT,
     Predictor,
@@ -49,6 +50,7 @@ class View:
     scale: np.ndarray | None  # rans_side.scale_source
     constant: int | None = None
     group: int = 0
+    components: list[Component] = field(default_factory=list)
     live: list[np.ndarray] = field(default_factory=lambda: [np.zeros(0, bool)] * 2)
     classes: list[np.ndarray] = field(default_factory=lambda: [np.zeros(0, np.int64)] * 2)
     predictors: list[Predictor] = field(default_factory=lambda: [Predictor(), Predictor()])
@@ -97,6 +99,7 @@ def code_view(coder: Bits, view: View, groups: int, sources: Sources) -> None:
     view.group = unsigned(coder, "group", view.group)
     if view.group >= groups:
         raise ValueError("the weight stream names an unknown group")
+    view.components = code_components(coder, view.components, view.rows, view.columns)
     for axis, length in enumerate((view.rows, view.columns)):
         live = view.live[axis] = code_live(coder, axis, view.live[axis], length)
         known = sources.known(view.scale if axis == 0 else None, length)
