@@ -17,7 +17,8 @@ from paramgolf.errors import GolfError
 BYTE_PIECES = 260  # 4 controls and 256 bytes
 _SENTENCE = 4000  # characters given to the trainer at once; it counts words, so the cut only must fall on a blank
 _CUT = re.compile(r"(?<=[^ ]) ")
-_NOT_TRAINED = re.compile("[\0\t\u2581\u2585\ufffd]")  # characters SentencePiece's trainer skips or reserves
+_RESERVED = "\0\t\u2581\u2585\ufffd"  # characters SentencePiece's trainer skips or keeps for itself
+_NO_CHARACTER = "\t"  # the trainer never puts it into a piece
 
 
 def _sentences(text: str) -> Iterator[str]:
@@ -29,15 +30,14 @@ def _sentences(text: str) -> Iterator[str]:
         start = end
 
 
-def _alphabet(texts: list[str], limit: int) -> tuple[int, int]:
-    """(how many characters get a piece, their occurrences): frequent enough to pay for a place in the vocabulary."""
+def _alphabet(texts: list[str], limit: int) -> str:
+    """The characters that get a piece of their own: frequent enough to pay for a place in the vocabulary."""
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update(text)
-    total = sum(counts.values())
-    least = max(4, total // 200_000)
-    kept = [n for char, n in counts.most_common(limit) if n >= least]
-    return len(kept), sum(kept)
+    least = max(4, sum(counts.values()) // 200_000)
+    kept = [(-n, char) for char, n in counts.items() if n >= least and char not in _RESERVED]
+    return "".join(char for _, char in sorted(kept)[:limit])
 
 
 def train_bpe(documents: Iterable[bytes], vocab_size: int, *, split_digits: bool = True) -> Tokenizer:
@@ -48,7 +48,7 @@ def train_bpe(documents: Iterable[bytes], vocab_size: int, *, split_digits: bool
     """
     if vocab_size < BYTE_PIECES:
         raise GolfError(f"data.vocab_size = {vocab_size}: the 4 controls and 256 bytes alone take {BYTE_PIECES} pieces")
-    texts = [_NOT_TRAINED.sub("\n", str(document, "utf-8", "replace")) for document in documents]
+    texts = [str(document, "utf-8", "replace") for document in documents]
     room = vocab_size - BYTE_PIECES
     merges, chars = _learn(texts, room, split_digits) if room and any(texts) else ([], [])
     return Tokenizer(build(own_pieces(merges, chars)))
@@ -56,19 +56,19 @@ def train_bpe(documents: Iterable[bytes], vocab_size: int, *, split_digits: bool
 
 def _learn(texts: list[str], room: int, split_digits: bool) -> tuple[list[str], list[str]]:
     """(merged pieces in priority order, single characters in code-point order), together at most `room`."""
-    total = sum(map(len, texts))
-    letters, kept = _alphabet(texts, max(room // 2, 1))
-    if letters < 2:
+    alphabet = _alphabet(texts, max(room // 2, 1))
+    if len(alphabet) < 2:
         return [], []
+    others = re.compile(f"[^{re.escape(alphabet)}]")
     out = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(sentence for text in texts for sentence in _sentences(text)),
+            sentence_iterator=(part for text in texts for part in _sentences(others.sub(_NO_CHARACTER, text))),
             model_writer=out,
             model_type="bpe",
             vocab_size=BYTE_PIECES + room,
             hard_vocab_limit=False,
-            character_coverage=max(kept - 0.5, 0.5) / total,
+            character_coverage=1.0,
             normalization_rule_name="identity",
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,

@@ -33,7 +33,7 @@ from paramgolf.recipe.sections import DataSection
 
 Progress = Callable[[str, int, int | None], None]  # (phase, bytes done, bytes in all or None)
 
-FORMAT = 2  # raise when the meaning of a prepared folder changes: the cache key holds it
+FORMAT = 3  # raise when the meaning of a prepared folder changes: the cache key holds it
 PASSPORT, TOKENIZER, VAL_TEXT = "passport.json", "tokenizer.model", "val.txt"
 
 
@@ -170,7 +170,10 @@ class _Scan:
 
 
 class _Sample:
-    """The documents of smallest hash, together just over `limit` bytes: an even sample, flat in memory."""
+    """The documents of largest hash, together just over `limit` bytes: an even sample, flat in memory.
+
+    Largest, because a split takes the smallest for validation and those must not be in it.
+    """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -178,16 +181,16 @@ class _Sample:
         self._size = 0
 
     def add(self, digest: int, data: Buffer) -> None:
-        if self._size >= self.limit and self._heap and digest >= -self._heap[0][0]:
+        if self._size >= self.limit and digest <= self._heap[0][0]:
             return
         text = _excerpt(data, max(self.limit // 4, 1 << 16))
-        heapq.heappush(self._heap, (-digest, text))
+        heapq.heappush(self._heap, (digest, text))
         self._size += len(text)
         while self._size - len(self._heap[0][1]) >= self.limit:
             self._size -= len(heapq.heappop(self._heap)[1])
 
     def texts(self, leave_out: set[int]) -> list[bytes]:
-        return [text for negative, text in sorted(self._heap, reverse=True) if -negative not in leave_out]
+        return [text for digest, text in sorted(self._heap) if digest not in leave_out]
 
 
 def _excerpt(data: Buffer, limit: int, parts: int = 16) -> bytes:

@@ -8,6 +8,7 @@ machines with the same Python version see the same text.
 
 from __future__ import annotations
 
+import os
 import platform
 import sysconfig
 from collections.abc import Iterator
@@ -34,13 +35,18 @@ def documents() -> Iterator[Document]:
     root = Path(sysconfig.get_path("stdlib"))
     if not root.is_dir():
         raise GolfError(f"this Python carries no library sources ({root} is missing); give a text with --data")
-    for path in sorted(root.rglob("*.py"), key=lambda p: p.relative_to(root).as_posix()):
-        relative = path.relative_to(root)
-        name = relative.as_posix()
-        if name in _LEFT_OUT_FILES or _LEFT_OUT_DIRS & set(relative.parts) or name.startswith(_LEFT_OUT_PREFIXES):
-            continue
-        yield from _document(name, path.read_bytes())
+    for name in sorted(_source_names(root)):
+        yield from _document(name, (root / name).read_bytes())
     yield from _topics()
+
+
+def _source_names(root: Path) -> Iterator[str]:
+    for folder, folders, files in os.walk(root):
+        folders[:] = [name for name in folders if name not in _LEFT_OUT_DIRS]
+        for file in files:
+            name = Path(folder, file).relative_to(root).as_posix()
+            if name.endswith(".py") and name not in _LEFT_OUT_FILES and not name.startswith(_LEFT_OUT_PREFIXES):
+                yield name
 
 
 def _topics() -> Iterator[Document]:

@@ -17,7 +17,9 @@ from paramgolf.data.sp_model import NORMAL, build, own_pieces, parse
 from paramgolf.errors import GolfError
 
 MAX_MODEL_BYTES = 1 << 26
-_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 3, "lp": 0, "pb": 0}]
+_FILTERS = [
+    {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": 1 << 22, "lc": 3, "lp": 0, "pb": 0}
+]
 _MAX_PIECE = 256  # characters
 _MAX_PIECES = 65536
 _BUCKET_SHARE, _BUCKET_LEAST = 8, 16
@@ -32,15 +34,13 @@ class _Damaged(ValueError):
 
 def pack(model: bytes) -> bytes:
     """The smallest form of a model file that `unpack` turns back into the same bytes."""
-    candidates = [b"\0" + lzma.compress(model, lzma.FORMAT_RAW, filters=_FILTERS)]
     pieces = [piece.text for piece in parse(model).pieces if piece.kind == NORMAL]
     merges, chars = [p for p in pieces if len(p) > 1], [p for p in pieces if len(p) == 1]
     if chars == sorted(chars) and build(own_pieces(merges, chars)) == model:
-        coded = _Coder(chars).encode(merges)
-        if coded is not None:
-            candidates.append(b"\1" + coded)
-    best = min(candidates, key=len)
-    return best if unpack(best) == model else candidates[0]
+        coded = _Coder(chars, len(merges)).encode(merges)
+        if coded is not None and unpack(b"\1" + coded) == model:
+            return b"\1" + coded
+    return b"\0" + lzma.compress(model, lzma.FORMAT_RAW, filters=_FILTERS)
 
 
 def unpack(data: bytes) -> bytes:
@@ -64,7 +64,8 @@ def canonical(merges: Sequence[str], chars: Sequence[str]) -> list[str]:
     0 to 0.2 % fewer bytes (measured, 1,024 and 8,192 pieces). A merge whose parts are in the bucket waits for the next.
     """
     state = _Halves(chars)
-    rest, out = list(merges), []
+    rest = list(merges)
+    out: list[str] = []
     while rest:
         size = max(_BUCKET_LEAST, len(state.index) // _BUCKET_SHARE)
         pairs = [state.split(text) for text in rest[:size]]
@@ -110,10 +111,10 @@ class _Halves:
 class _Coder:
     """What encoder and decoder share: the adaptive model of buckets."""
 
-    def __init__(self, chars: Sequence[str]) -> None:
+    def __init__(self, chars: Sequence[str], merges: int) -> None:
         self.chars = chars
         self.halves = _Halves(chars)
-        self.rights = Frequencies(_MAX_PIECES, [_NEW] * len(chars))
+        self.rights = Frequencies(len(chars) + merges, [_NEW] * len(chars))
         self._more: dict[tuple[int, int], Bit] = {}
 
     def more(self, piece: int, so_far: int) -> Bit:
@@ -178,7 +179,7 @@ def _decode(data: bytes) -> tuple[list[str], list[str]]:
         if last > 0x10FFFF or 0xD800 <= last < 0xE000:
             raise _Damaged
         chars.append(chr(last))
-    state = _Coder(chars)
+    state = _Coder(chars, count)
     while len(state.halves.text) < letters + count:
         bucket = _decode_bucket(coder, state, letters + count - len(state.halves.text))
         if not bucket or max(len(state.halves.text[a]) + len(state.halves.text[b]) for a, b in bucket) > _MAX_PIECE:

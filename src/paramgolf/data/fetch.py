@@ -152,7 +152,7 @@ class _Hub:
             raise
         except (OSError, ValueError, RuntimeError, self._http_error()) as error:
             raise GolfError(
-                f"cannot fetch from {where} ({_first_line(error)}); check the network or set HF_ENDPOINT, then run again"
+                f"cannot fetch from {where} ({_first_line(error)}); check the network or HF_ENDPOINT, then run again"
             ) from error
 
     def _http_error(self) -> type[Exception]:

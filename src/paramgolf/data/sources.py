@@ -23,7 +23,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Any, cast
 
 from paramgolf.data.tokenizer import Buffer
 from paramgolf.errors import GolfError
@@ -162,29 +162,46 @@ def _open(path: Path) -> IO[bytes]:
 
 
 def _open_zstd(path: Path) -> IO[bytes]:
-    import zstandard
+    return io.BufferedReader(_ZstdFile(path), _BLOCK)
 
-    class Reader(io.RawIOBase):
-        """zstandard's own reader raises its own error class; this turns it into the one `documents` expects."""
 
-        def __init__(self) -> None:
-            self._file = path.open("rb")
-            self._stream = zstandard.ZstdDecompressor().stream_reader(self._file, read_across_frames=True)
+class _ZstdFile(io.RawIOBase):
+    """A zstd file of one or several frames; unlike the library's own reader it notices a truncated one."""
 
-        def readable(self) -> bool:
-            return True
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("rb")
+        self._frame: Any = None
+        self._ready = b""
 
-        def readinto(self, target: object) -> int:
-            try:
-                return int(self._stream.readinto(target))
-            except zstandard.ZstdError as error:
-                raise EOFError(str(error)) from error
+    def readable(self) -> bool:
+        return True
 
-        def close(self) -> None:
-            self._file.close()
-            super().close()
+    def readinto(self, target: Any) -> int:
+        while not self._ready:
+            packed = self._frame.unused_data if self._frame is not None and self._frame.eof else b""
+            packed = packed or self._file.read(1 << 17)
+            if not packed:
+                if self._frame is not None and not self._frame.eof:
+                    raise EOFError("the zstd stream ends early")
+                return 0
+            self._ready = self._decompress(packed)
+        count = min(len(target), len(self._ready))
+        target[:count], self._ready = self._ready[:count], self._ready[count:]
+        return count
 
-    return io.BufferedReader(Reader(), _BLOCK)
+    def _decompress(self, packed: bytes) -> bytes:
+        import zstandard
+
+        if self._frame is None or self._frame.eof:
+            self._frame = zstandard.ZstdDecompressor().decompressobj()
+        try:
+            return bytes(self._frame.decompress(packed))
+        except zstandard.ZstdError as error:
+            raise EOFError(str(error)) from error
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def _check_utf8(data: Buffer, source: Source, offset: int) -> None:

@@ -20,7 +20,7 @@ def digest(data: Buffer | str) -> int:
 
 def val_limit(total_bytes: int, val_max_bytes: int) -> int:
     """Bytes a split of our own may hold back."""
-    return min(val_max_bytes, total_bytes // VAL_SHARE)
+    return max(min(val_max_bytes, total_bytes // VAL_SHARE), 1)
 
 
 def pick(keys: Sequence[int], sizes: Sequence[int], limit: int) -> list[int]:

@@ -1,0 +1,200 @@
+"""Reading text: formats, compression, separators, folders, and one clear error for each kind of bad input."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import json
+import lzma
+from pathlib import Path
+
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from paramgolf.data import builtin, sources, split
+from paramgolf.data.sources import Source, find, kind_of
+from paramgolf.errors import GolfError
+
+
+def read(path: Path, field: str = "text") -> list[bytes]:
+    found, _ = find(path, field)
+    return [bytes(d.data) for source in found for d in source.documents()]
+
+
+@pytest.mark.parametrize(
+    ("text", "documents"),
+    [
+        (b"one\n", [b"one\n"]),  # a single document keeps its newline
+        (b"one", [b"one"]),
+        (b"one\x1e\ntwo\n", [b"one", b"two"]),
+        (b"one\x1e\ntwo\n\n", [b"one", b"two\n"]),
+        (b"one\x1e\n\x1e\ntwo", [b"one", b"two"]),
+        (b"one\x1e\n", [b"one"]),
+        (b"\x1e\n\n", []),
+        (b"a\x1eb\x1e\nc\x1e", [b"a\x1eb", b"c\x1e"]),
+        (b"", []),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_separators_and_the_last_newline_belong_to_no_document(
+    tmp_path: Path, text: bytes, documents: list[bytes], suffix: str
+) -> None:
+    path = tmp_path / f"a.txt{suffix}"
+    path.write_bytes(gzip.compress(text) if suffix else text)
+    assert read(path) == documents
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.text(st.sampled_from("ab\n\x1eé "), min_size=1, max_size=6), min_size=1, max_size=6))
+def test_joined_documents_read_back(texts: list[str]) -> None:
+    import tempfile
+
+    documents = [part for text in texts for part in text.encode().split(sources.SEPARATOR) if part]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "a.txt")
+        path.write_bytes(split.join(documents))
+        assert read(path) == documents
+
+
+def test_large_documents_cross_the_blocks(tmp_path: Path) -> None:
+    documents = [b"x" * 1_500_000 + "é".encode() * 700_000, b"y" * 10_000_000, b"z"]
+    text = split.join(documents)
+    (tmp_path / "a.txt").write_bytes(text)
+    (tmp_path / "b.txt.zst").write_bytes(zstandard.compress(text, 1))
+    assert read(tmp_path / "a.txt") == documents
+    assert read(tmp_path / "b.txt.zst") == documents
+
+
+@pytest.mark.parametrize(
+    ("suffix", "pack"),
+    [
+        (".gz", gzip.compress),
+        (".xz", lzma.compress),
+        (".bz2", bz2.compress),
+        (".zst", lambda data: zstandard.compress(data[:4]) + zstandard.compress(data[4:])),
+    ],
+)
+def test_compressed_files(tmp_path: Path, suffix: str, pack: object) -> None:
+    data = pack(b"hello\x1e\nworld\n")  # type: ignore[operator]
+    path = tmp_path / f"a.txt{suffix}"
+    path.write_bytes(data)
+    assert read(path) == [b"hello", b"world"]
+    path.write_bytes(data[: len(data) - 5])
+    with pytest.raises(GolfError, match=r"a\.txt\..*damaged compressed file"):
+        read(path)
+    path.write_bytes(b"plain text, not compressed")
+    with pytest.raises(GolfError, match="although its name says so"):
+        read(path)
+
+
+def test_jsonl(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one\\nline"}\n\n{"text": "two\\u001e\\nthree", "x": 1}\n{"text": ""}\n')
+    assert read(path) == [b"one\nline", b"two", b"three"]
+    path.write_text('{"body": "é"}\n')
+    assert read(path, "body") == ["é".encode()]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": "a"', "line 2: not JSON"),
+        ('{"body": "a"}', r"line 2: no text in field 'text' \(keys: body\)"),
+        ('{"text": 3}', "line 2: no text in field 'text'"),
+        ('["a"]', "line 2: .*not an object"),
+        ('{"text": "\\ud800"}', "line 2: lone surrogate"),
+    ],
+)
+def test_bad_jsonl_names_the_line(tmp_path: Path, line: str, message: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "fine"}\n' + line + "\n")
+    with pytest.raises(GolfError, match=message):
+        read(path)
+
+
+def test_parquet(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as parquet
+
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"text": ["one", None, "zwei é", ""], "n": [1, 2, 3, 4]}), path)
+    assert read(path) == [b"one", "zwei é".encode()]
+    with pytest.raises(GolfError, match=r"no column 'body' \(columns: text, n\)"):
+        read(path, "body")
+    with pytest.raises(GolfError, match="holds int64, not text"):
+        read(path, "n")
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(GolfError, match="damaged or not a parquet file"):
+        read(path)
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".txt.xz"])
+@pytest.mark.parametrize(
+    ("data", "offset", "byte"),
+    [
+        (b"abc\xff", 3, "ff"),
+        (b"one\x1e\ntw\xc3", 7, "c3"),
+        (b"\x80", 0, "80"),
+        (b"x" * 1_048_575 + "é".encode() + b"\xfe", 1_048_577, "fe"),
+        (b"x" * 1_048_575 + b"\xc3(", 1_048_575, "c3"),
+    ],
+)
+def test_binary_is_refused_with_file_and_offset(
+    tmp_path: Path, data: bytes, offset: int, byte: str, suffix: str
+) -> None:
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(lzma.compress(data, preset=0) if suffix.endswith("xz") else data)
+    with pytest.raises(GolfError, match=rf"a\.txt.*not UTF-8 text: byte 0x{byte} at offset {offset};"):
+        read(path)
+
+
+def test_a_folder_lists_what_it_leaves_out(tmp_path: Path) -> None:
+    for name in ("b.txt", "a.jsonl", "readme.md", "pic.png", ".hidden.txt", "sub/c.text.gz", "sub/d.tar.xz"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"")
+    found, skipped = find(tmp_path)
+    assert [source.name for source in found] == ["a.jsonl", "b.txt", "sub/c.text.gz"]
+    assert skipped == ["pic.png", "readme.md", "sub/d.tar.xz"]
+
+
+def test_globs_and_files_named_outright_take_any_name(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text("print()\n")
+    (tmp_path / "b.py").write_text("pass\n")
+    assert [s.kind for s in find(tmp_path / "a.py")[0]] == ["text"]
+    assert [s.name for s in find(str(tmp_path / "*.py"))[0]] == ["a.py", "b.py"]
+
+
+def test_nothing_to_read(tmp_path: Path) -> None:
+    with pytest.raises(GolfError, match=r"no such file or folder: .*absent"):
+        find(tmp_path / "absent")
+    with pytest.raises(GolfError, match="no file matches"):
+        find(str(tmp_path / "*.txt"))
+    with pytest.raises(GolfError, match="it is empty"):
+        find(tmp_path)
+    (tmp_path / "a.png").write_bytes(b"")
+    with pytest.raises(GolfError, match=r"no \.txt, \.jsonl or \.parquet file \(it holds a\.png\)"):
+        find(tmp_path)
+
+
+def test_kinds_by_name() -> None:
+    kinds = {"a.TXT": "text", "a.txt.gz": "text", "a.jsonl.zst": "jsonl", "a.ndjson": "jsonl", "a.parquet": "parquet"}
+    assert {name: kind_of(Path(name)) for name in kinds} == kinds
+    assert [kind_of(Path(name)) for name in ("a", "a.md", "a.tar.xz", ".gz")] == [None] * 4
+
+
+def test_unreadable_file(tmp_path: Path) -> None:
+    with pytest.raises(GolfError, match="cannot read"):
+        list(Source(tmp_path / "gone.txt", "text").documents())
+
+
+def test_builtin_corpus_is_real_text_without_tables() -> None:
+    documents = {d.name: bytes(d.data) for d in builtin.documents()}
+    assert {"argparse.py", "json/decoder.py", "pydoc/assert"} <= documents.keys()
+    assert 3_000_000 < sum(map(len, documents.values())) < 30_000_000
+    left_out = ("encodings/", "json/test", "tkinter/", "site-packages", "pydoc_data", "_sysconfigdata", "idlelib")
+    assert not [name for name in documents if any(part in name for part in left_out)]
+    assert len({split.digest(data) for data in documents.values()}) > 0.98 * len(documents)
+    json.dumps([data.decode() for data in documents.values()])  # all UTF-8
