@@ -1,6 +1,6 @@
 """Compiling: when, nothing again after warm-up, and a failure that is not fatal.
 
-The graphs are captured as in a real run; only the code generator behind them is the quick one ("aot_eager"), except in
+The graphs are captured as in a real run; only the code generator behind them is the trivial one ("eager"), except in
 the test marked `full`.
 """
 
@@ -15,13 +15,14 @@ import pytest
 import torch
 
 from paramgolf.data.dataset import Dataset
+from paramgolf.model.gpt import GPT
 from paramgolf.train import compiling
 from paramgolf.train.signals import Interrupted
 from tests.test_train_resume import At
 from tests.train_common import QUANT, Log, make_dataset, same, tiny, train, weights
 
 CHANGING: dict[str, Any] = {
-    "train": {"compile": "on", "micro_batch_tokens": 96},  # 8 rows as 3, 3, 2
+    "train": {"compile": "on", "micro_batch_tokens": 192},  # 8 rows of 32 as 4 and 4, 8 of 16 at once
     "stages": [{"at": 0.3, "seq_len": 16, "batch_tokens": 128}],
     "quant": QUANT | {"qat": "export", "qat_start": 0.6, "post_qat": "export", "post_qat_frac": 0.2},
     "average": {"kind": "ema", "decay": 0.5, "select": "train"},
@@ -35,10 +36,15 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     return make_dataset(tmp_path_factory.mktemp("data"))
 
 
+def use_backend(monkeypatch: pytest.MonkeyPatch, backend: Any) -> None:
+    torch._dynamo.reset()
+    compile_with = functools.partialmethod(GPT.compile_regions, backend=backend)
+    monkeypatch.setattr(GPT, "compile_regions", compile_with)
+
+
 @pytest.fixture
 def quick_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch._dynamo.reset()
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    use_backend(monkeypatch, "eager")
 
 
 @pytest.mark.usefixtures("quick_backend")
@@ -86,15 +92,14 @@ def broken_backend(graph: Any, inputs: Any) -> Any:
 def test_a_compile_failure_falls_back_and_says_why(
     dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    torch._dynamo.reset()
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=broken_backend))
+    use_backend(monkeypatch, broken_backend)
     log = Log()
     output = train(tiny(**CHANGING), dataset, tmp_path / "run", callbacks=[log])
     assert not output.result.compiled["enabled"]
     assert any("compiling failed" in note and "no code generator today" in note for note in log.notes)
     monkeypatch.undo()
     eager = train(
-        tiny(**CHANGING | {"train": {"compile": "off", "micro_batch_tokens": 96}}), dataset, tmp_path / "eager"
+        tiny(**CHANGING | {"train": {"compile": "off", "micro_batch_tokens": 192}}), dataset, tmp_path / "eager"
     )
     assert same(weights(output), weights(eager)), "the failed attempt left no trace"
 
@@ -102,7 +107,6 @@ def test_a_compile_failure_falls_back_and_says_why(
 def test_an_error_of_the_model_is_not_taken_for_a_compile_error(
     dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    torch._dynamo.reset()
 
     def no_memory(graph: Any, inputs: Any) -> Any:
         def run(*args: Any) -> Any:
@@ -110,7 +114,7 @@ def test_an_error_of_the_model_is_not_taken_for_a_compile_error(
 
         return run
 
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=no_memory))
+    use_backend(monkeypatch, no_memory)
     with pytest.raises(MemoryError):
         train(tiny(**CHANGING), dataset, tmp_path / "run")
 

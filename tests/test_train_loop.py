@@ -78,7 +78,7 @@ def test_micro_batches_of_uneven_size_give_the_same_gradient(dataset: Dataset, t
 
 
 @pytest.mark.parametrize(
-    ("count", "most", "sizes"), [(8, 3, [3, 3, 2]), (8, 8, [8]), (0, 3, []), (5, 1, [1] * 5), (7, 0, [1] * 7)]
+    ("count", "most", "sizes"), [(7, 3, [3, 2, 2]), (9, 4, [3, 3, 3]), (8, 8, [8]), (0, 3, []), (7, 0, [1] * 7)]
 )
 def test_rows_are_split_evenly(count: int, most: int, sizes: list[int]) -> None:
     assert micro_sizes(count, most) == sizes

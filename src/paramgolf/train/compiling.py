@@ -15,8 +15,10 @@ from pathlib import Path
 
 from paramgolf.recipe.sections import Recipe
 
-# Measured orders of magnitude. Seconds for one graph of a block, forward and backward, and what compiled code saves.
-_SECONDS_A_GRAPH = {"cpu": 20.0, "cuda": 15.0}
+# Measured orders of magnitude: seconds to start the compiler and for one graph of a block, forward and backward, and
+# the part of the time that compiled code saves.
+_SECONDS_TO_START = {"cpu": 15.0, "cuda": 10.0}
+_SECONDS_A_GRAPH = {"cpu": 25.0, "cuda": 15.0}
 _WARM_FACTOR = 0.4
 _SAVED = {"cpu": 0.10, "cuda": 0.40}
 # Useful training speed used to guess how long a run bound by steps or tokens takes, in FLOP/s.
@@ -65,7 +67,7 @@ def decide(recipe: Recipe, *, parameters: int, graphs: int, device: str, spent: 
     """The plan for this run.
 
     Args:
-        graphs: how many graphs training will need (shapes times QAT states).
+        graphs: how many graphs training will need (micro-batch shapes times QAT states).
         spent: seconds of the budget's clock used so far.
     """
     asked = recipe.train.compile
@@ -79,7 +81,8 @@ def decide(recipe: Recipe, *, parameters: int, graphs: int, device: str, spent: 
         return CompilePlan(True, "train.compile = on", cache)
     seconds = expected_seconds(recipe, parameters, device, spent)
     counted = recipe.budget.clock == "strict"
-    cost = graphs * _SECONDS_A_GRAPH[device] * (_WARM_FACTOR if cache == "warm" else 1.0)
+    cost = _SECONDS_TO_START[device] + graphs * _SECONDS_A_GRAPH[device]
+    cost *= _WARM_FACTOR if cache == "warm" else 1.0
     if seconds and counted and cost > _SAVED[device] * seconds:
         reason = f"not compiled: about {cost:.0f} s of compiling ({cache} cache) would not pay in {seconds:.0f} s"
         return CompilePlan(False, reason, cache)
@@ -87,12 +90,13 @@ def decide(recipe: Recipe, *, parameters: int, graphs: int, device: str, spent: 
 
 
 def compiled_graphs() -> int:
-    """Frames that PyTorch has compiled (or tried to) in this process; it grows by one with every recompilation."""
+    """Graphs that PyTorch has compiled in this process; it grows by one with every recompilation."""
     dynamo = sys.modules.get("torch._dynamo.utils")  # not imported just to count: that takes seconds
-    return int(dynamo.counters["frames"]["total"]) if dynamo is not None else 0
+    return int(dynamo.counters["stats"]["unique_graphs"]) if dynamo is not None else 0
 
 
 def failure_reason(error: BaseException) -> str:
-    """The first telling line of a compile error."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:200] if lines else 'no message'}"
+    """The telling start of an error: its first line, and the next where the first only announces it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no message"]
+    told = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return f"{type(error).__name__}: {told[:200]}"

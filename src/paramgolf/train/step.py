@@ -44,10 +44,12 @@ class StepReport:
 
 
 def micro_sizes(rows: int, most: int) -> list[int]:
-    """`rows` in the fewest parts of at most `most`, as even as possible (at most two sizes: few compiled shapes)."""
+    """`rows` in few parts of at most `most`: all of one size where that costs less than half as many parts again, else
+    of two sizes, larger first (each size is a compiled shape of its own)."""
     if rows == 0:
         return []
-    parts = -(-rows // max(1, most))
+    fewest = -(-rows // max(1, most))
+    parts = next((n for n in range(fewest, fewest + fewest // 2 + 1) if rows % n == 0), fewest)
     base, extra = divmod(rows, parts)
     return [base + 1] * extra + [base] * (parts - extra)
 
@@ -157,6 +159,7 @@ def raise_together(dist: Dist, error: BaseException | None) -> None:
         if row[0]:
             text = bytes(b for b in row if b).decode(errors="replace")
             failure = GolfError(f"rank {rank} failed: {text}")
+            failure.shared = True
             if isinstance(error, GolfError):
                 failure.exit_code = error.exit_code
             raise failure from error
