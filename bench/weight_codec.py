@@ -216,7 +216,7 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, help="write every payload raw and coded into this folder")
     parser.add_argument("--payloads", default="G,T,S,trained")
     parser.add_argument("--quick", action="store_true", help="ours and zlib only")
-    parser.add_argument("--steps", type=int, default=320, help="training steps of the trained payload")
+    parser.add_argument("--steps", type=int, default=160, help="training steps of the trained payload")
     arguments = parser.parse_args()
     results = []
     for kind in arguments.payloads.split(","):
@@ -232,12 +232,16 @@ def main() -> None:
             results.append(bench(kind, arrays, ideal, origin, arguments.quick, arguments.keep))
         else:
             raise SystemExit(f"no payload '{kind}'; known: G, T, S, trained")
+        if arguments.json:
+            write(arguments.json, results)  # after every payload: the whole bench takes half an hour
     print(table(results))
-    if arguments.json:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        command = "python -m bench.weight_codec " + " ".join(sys.argv[1:])
-        report = {"command": command, "versions": versions(), "peak_bytes": peak, "payloads": results}
-        atomic_write(arguments.json, (json.dumps(report, indent=1) + "\n").encode())
+
+
+def write(path: Path, results: list[dict[str, Any]]) -> None:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    command = "python -m bench.weight_codec " + " ".join(sys.argv[1:])
+    report = {"command": command, "versions": versions(), "peak_bytes": peak, "payloads": results}
+    atomic_write(path, (json.dumps(report, indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":

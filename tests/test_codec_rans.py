@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from paramgolf.errors import GolfError
 from paramgolf.pack.codecs.base import CodeSpec, CodeTensor
 from paramgolf.pack.codecs.rans import RansCodec, decode_ints, encode_ints
+from paramgolf.pack.codecs.rans_floats import decode_floats, encode_floats
 
 CODEC = RansCodec()
 SLOW = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
@@ -211,6 +213,39 @@ def test_encode_ints_door() -> None:
     data = encode_ints(arrays)
     back = decode_ints(data, [a.shape for _, a, _ in arrays])
     assert all(np.array_equal(b, a) for b, (_, a, _) in zip(back, arrays, strict=True))
+
+
+@SLOW
+@given(st.integers(0, 2**32 - 1))
+def test_floats_round_trip_bit_for_bit(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    arrays: list[np.ndarray] = []
+    for _ in range(int(rng.integers(0, 5))):
+        dtype = rng.choice([np.float16, np.float32])
+        shape = tuple(rng.choice([0, 1, 2, 7, 60], int(rng.integers(0, 3))).tolist())
+        kind = int(rng.integers(0, 4))
+        if kind == 0:  # any bits at all: NaNs with payloads, infinities, both zeros
+            word = np.uint16 if dtype is np.float16 else np.uint32
+            array = rng.integers(0, np.iinfo(word).max, shape, dtype=word, endpoint=True).view(dtype)
+        else:
+            array = (np.exp(0.1 * rng.standard_normal(shape)) * (0.01, 1.0, -3.0)[kind - 1]).astype(dtype)
+            if array.size and rng.random() < 0.3:
+                array.reshape(-1)[0] = -6e4
+        arrays.append(np.asarray(array, dtype).reshape(shape))
+    data = encode_floats(arrays)
+    back = decode_floats(data, [(a.dtype.name, a.shape) for a in arrays])
+    assert [b.tobytes() for b in back] == [a.tobytes() for a in arrays]
+    assert [(b.dtype, b.shape) for b in back] == [(a.dtype, a.shape) for a in arrays]
+    noise = rng.integers(0, 256, 50).astype(np.uint8).tobytes()
+    with contextlib.suppress(ValueError):
+        decode_floats(noise, [(a.dtype.name, a.shape) for a in arrays])
+
+
+def test_floats_of_alike_layers_are_smaller_than_their_bytes() -> None:
+    rng = np.random.default_rng(3)
+    common = 0.3 * rng.standard_normal(500)
+    scales = [np.exp(common + 0.02 * rng.standard_normal(500)).astype(np.float16) for _ in range(6)]
+    assert len(encode_floats(scales)) < 0.6 * 2 * 6 * 500
 
 
 def test_close_to_the_ideal_code_of_an_independent_coder() -> None:

@@ -132,7 +132,7 @@ class BitReader:
 Bits = BitWriter | BitReader
 
 
-def unsigned(coder: Bits, context: Hashable, value: int = 0, direct: int = 6, limit: int = 24) -> int:
+def unsigned(coder: Bits, context: Hashable, value: int = 0, direct: int = 6, limit: int = 36) -> int:
     """Code an integer >= 0: unary with adaptive bits up to `direct`, then Elias-gamma; ValueError above 2**limit."""
     for k in range(direct):
         if not coder.bit((context, k), value > k):

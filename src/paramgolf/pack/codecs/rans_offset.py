@@ -39,7 +39,7 @@ def find(codes: np.ndarray, seed: int = 1) -> list[Component]:
     """Components that save more bits than they cost. Encoder only."""
     rows, columns = codes.shape
     cost = (rows + columns) * _VALUE_BITS + 40
-    rest = codes.astype(np.float32)
+    rest: np.ndarray = codes.astype(np.float32)
     out: list[Component] = []
     if codes.size < 1024 or min(rows, columns) < 8:
         return out
@@ -53,15 +53,15 @@ def find(codes: np.ndarray, seed: int = 1) -> list[Component]:
             break
         component = _rounded(left, right)
         out.append(component)
-        taken = component.rows[:, None] * component.columns[None, :] / float(1 << component.shift)
-        rest = rest - taken.astype(np.float32)
+        taken: np.ndarray = np.outer(component.rows, component.columns)
+        rest = rest - taken.astype(np.float32) * np.float32(0.5**component.shift)
     return out
 
 
 def _leading(matrix: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """The leading singular pair, roughly: left (rows,) of unit length, right (columns,) with the singular value."""
-    right = rng.standard_normal(matrix.shape[1]).astype(np.float32)
-    left = matrix @ right
+    right: np.ndarray = rng.standard_normal((matrix.shape[1],)).astype(np.float32)
+    left: np.ndarray = matrix @ right
     for _ in range(4):
         left = matrix @ right
         left /= np.linalg.norm(left) + 1e-20
