@@ -13,7 +13,10 @@ from functools import cache
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("kernels.c")
-FLAGS = ("-O3", "-march=native", "-ffast-math", "-fno-finite-math-only", "-fopenmp", "-shared", "-fPIC")
+COMPILE_FLAGS = ("-c", "-O3", "-march=native", "-ffast-math", "-fno-finite-math-only", "-fopenmp", "-fPIC")
+# Linked in a step of its own: with -ffast-math the linker would add start-up code that makes the whole process flush
+# subnormal numbers from the moment the library is loaded.
+LINK_FLAGS = ("-shared", "-fopenmp")
 NEEDED_CPU = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16")
 COMPILE_SECONDS = 60
 
@@ -63,14 +66,16 @@ def load() -> ctypes.CDLL:
     """The compiled kernels, from the user's cache folder when they are there. Cold: about two seconds."""
     command = compiler()
     assert command is not None, "ask why_not first"
-    setting = repr((FLAGS, command, sorted(cpu_flags()), platform.platform()))
+    setting = repr((COMPILE_FLAGS, LINK_FLAGS, command, sorted(cpu_flags()), platform.platform()))
     key = hashlib.sha256(SOURCE.read_bytes() + setting.encode())
     library = cache_folder() / f"kernels-{key.hexdigest()[:16]}.so"
     if not library.exists():
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-            made = Path(folder) / library.name
-            arguments = [command, *FLAGS, str(SOURCE), "-o", str(made), "-lm"]
-            subprocess.run(arguments, check=True, capture_output=True, timeout=COMPILE_SECONDS)
+            compiled, made = str(Path(folder) / "kernels.o"), str(Path(folder) / library.name)
+            compiling = [command, *COMPILE_FLAGS, str(SOURCE), "-o", compiled]
+            linking = [command, *LINK_FLAGS, compiled, "-o", made, "-lm"]
+            for arguments in (compiling, linking):
+                subprocess.run(arguments, check=True, capture_output=True, timeout=COMPILE_SECONDS)
             os.replace(made, library)
     loaded = ctypes.CDLL(str(library))
     for name, types in SIGNATURES.items():

@@ -351,6 +351,7 @@ void softcap_ce(int N, int V, bf *z, const int64_t *target, float cap, float wei
         for (int t = 0; t < N; t++) {
             bf *row = z + (long)t * V;
             long k = target[t];
+            if (k >= V) { nll[t] = NAN; if (grad) memset(row, 0xff, (size_t)V * 2); continue; } /* never read outside the row */
             if (k < 0) { nll[t] = 0; if (grad) memset(row, 0, (size_t)V * 2); continue; }
             __m512 s = _mm512_setzero_ps(), two = set1(2.0f), one = set1(1.0f), vc = set1(cap);
             for (int i = 0; i < V; i += 16) {
