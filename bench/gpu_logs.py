@@ -1,0 +1,106 @@
+"""What a training run left behind, as plain numbers: the logs of the public scripts, and our own record.
+
+One side of a comparison is a dict with these keys, None where the run does not say:
+
+    steps, step_ms, curve        of the main loop; curve = {step: training loss in nats of that step's batch}
+    val_bpb_float                before quantisation, non-overlapping windows
+    val_bpb, val_bpb_sliding     of the quantised file as read back: non-overlapping and sliding windows
+    artifact_bytes, code_bytes, total_bytes, peak_memory_bytes, params
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+Side = dict[str, Any]
+KEYS = (
+    "steps", "step_ms", "curve", "val_bpb_float", "val_bpb", "val_bpb_sliding", "artifact_bytes", "code_bytes",
+    "total_bytes", "peak_memory_bytes", "params",
+)  # fmt: skip
+
+_TRAIN = re.compile(r"step:(\d+)/\d+ train_loss:(\S+) train_time:\d+ms step_avg:(\S+)ms")
+_VAL = re.compile(r"step:(\d+)/\d+ val_loss:\S+ val_bpb:(\S+) train_time:\d+ms step_avg:(\S+)ms")
+_STOP = re.compile(r"stopping_early: wallclock_cap train_time:(\d+)ms step:(\d+)/")
+_FINAL = re.compile(r"final_(\w+)_exact val_loss:\S+ val_bpb:(\S+)")
+_MODEL = re.compile(r"Serialized model (?:int|mixed)\S*: (\d+) bytes")
+_TOTAL = re.compile(r"Total submission size[^:]*: (\d+) bytes")
+_CODE = re.compile(r"Code size: (\d+) bytes")
+_PARAMS = re.compile(r"model_params:(\d+)")
+_PEAK = re.compile(r"peak memory allocated: (\d+) MiB")
+
+
+def script_side(lines: Iterable[str]) -> Side:
+    """One side from what a public `train_gpt.py` printed. Lines it does not know are skipped, later ones win."""
+    side: Side = dict.fromkeys(KEYS)
+    side["curve"] = {}
+    only_sliding = False  # pull requests 107 and 128 name their sliding score like a score over blocks
+    for line in lines:
+        line = line.strip()
+        only_sliding |= line.startswith("final_eval_mode:sliding_window")
+        if m := _TRAIN.match(line):
+            side["curve"][int(m[1])] = float(m[2])
+            side["steps"], side["step_ms"] = int(m[1]), float(m[3])
+        elif m := _VAL.match(line):
+            if int(m[1]):
+                side["steps"], side["step_ms"] = int(m[1]), float(m[3])
+                side["val_bpb_float"] = float(m[2])
+        elif m := _STOP.match(line):
+            side["steps"], side["step_ms"] = int(m[2]), int(m[1]) / max(1, int(m[2]))
+        elif m := _FINAL.match(line):
+            sliding = m[1] == "sliding_window" or only_sliding
+            side["val_bpb_sliding" if sliding else "val_bpb"] = float(m[2])
+        elif m := _PEAK.match(line):
+            side["peak_memory_bytes"] = int(m[1]) * 2**20
+        else:
+            _sizes(line, side)
+    return side
+
+
+def _sizes(line: str, side: Side) -> None:
+    for key, pattern in (
+        ("artifact_bytes", _MODEL),
+        ("total_bytes", _TOTAL),  # printed for the float model first, for the quantised one last
+        ("code_bytes", _CODE),
+        ("params", _PARAMS),
+    ):
+        if m := pattern.match(line):
+            side[key] = int(m[1])
+
+
+def our_side(record: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]) -> Side:
+    """One side from `record.json` and the lines of `train.jsonl`; some facts of our own beside the common keys."""
+    side: Side = {key: record.get(key) for key in KEYS}
+    side["artifact_bytes"] = record["artifact_bytes"]
+    training = record["training"]
+    side["curve"] = {int(row["step"]): float(row["loss"]) for row in rows}
+    side["peak_memory_bytes"] = training["peak_memory_bytes"].get("cuda", record["peak_memory_bytes"])
+    side["seconds"] = record["seconds"]
+    side["training"] = {key: training[key] for key in ("dtype", "attention", "compiled", "recompiles", "micro_tokens")}
+    return side
+
+
+def compare(ours: Side, theirs: Side, decay_steps: int) -> dict[str, Any]:
+    """Speed ratio and the distance of the two loss curves at equal steps.
+
+    Only steps before either side's final decay are compared: it follows the clock, so afterwards the two train at
+    different learning rates. `decay_steps` is the length of that decay.
+    """
+    out: dict[str, Any] = {"speed_ratio": None, "steps_compared": 0}
+    if ours["step_ms"] and theirs["step_ms"]:
+        out["speed_ratio"] = theirs["step_ms"] / ours["step_ms"]
+    last = min(ours["steps"] or 0, theirs["steps"] or 0) - decay_steps - 1
+    common = sorted(s for s in ours["curve"].keys() & theirs["curve"].keys() if s <= last)
+    if not common:
+        return out
+    gaps = [ours["curve"][s] - theirs["curve"][s] for s in common]
+    half = gaps[len(gaps) // 2 :]
+    return out | {
+        "steps_compared": len(common),
+        "last_step": common[-1],
+        "loss_ours": ours["curve"][common[-1]],
+        "loss_theirs": theirs["curve"][common[-1]],
+        "largest_gap": max(map(abs, gaps)),
+        "mean_gap_second_half": sum(half) / len(half),
+    }
