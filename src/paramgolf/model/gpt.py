@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -91,12 +91,17 @@ class GPT(nn.Module):
             part: Part = kind(config, self.section, self.vocab_size)
             self.add_module(kind.attribute, part)
             names.append(kind.attribute)
-            for index, block in enumerate(self.blocks):
+            for index, block in enumerate(self.layers):
                 share = part.for_layer(index)
                 if share is not None:
                     block.attn.add_module(kind.attribute, share)
                     block.attn.layer_parts += (kind.attribute,)
         return tuple(names)
+
+    @property
+    def layers(self) -> list[Block]:
+        """The blocks in order."""
+        return cast(list[Block], list(self.blocks))
 
     # -- set-up ------------------------------------------------------------------------------------------------
 
@@ -124,7 +129,7 @@ class GPT(nn.Module):
         where = torch.device(device) if device is not None else self.tok_emb.weight.device
         self.attention = choose(name, where, self.compute_dtype, self.head_dim)
         self._attention_key = (where.type, self.compute_dtype, name)
-        for block in self.blocks:
+        for block in self.layers:
             block.attn.attend = self.attention.attend
         return self.attention
 
@@ -231,7 +236,7 @@ class GPT(nn.Module):
         """Encoder layers push their outputs, decoder layers add them back, last pushed first."""
         x0 = x.view_as(x)  # another object: "the first two inputs are one" would be a second graph for the first block
         stack: list[Tensor] = []
-        for position, block in enumerate(self.blocks):
+        for position, block in enumerate(self.layers):
             join = position - self.num_encoder
             if join >= 0 and stack:
                 assert self.skip_weights is not None
