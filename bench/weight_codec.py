@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -146,35 +146,42 @@ def with_scales(arrays: Arrays, scales: list[np.ndarray]) -> dict[str, float]:
     return {"bytes": len(coded), "encode_s": round(middle - began, 3), "decode_s": round(seconds, 3)}
 
 
+PEERS = ("zlib-9", "zstd-22", "lzma-9e", "brotli-11", "brotli-11-T", "lrzip-z", "lrzip-z-T")
+MORE = ("zlib-9-T", "zstd-22-T", "lzma-9e-T")
+QUICK = ("ours", "with-scales", "zlib-9")
+
+
+def general(name: str) -> Coder | None:
+    """The compressor called `name` (without the -T of a transposed payload); None where it is not installed."""
+    if name == "lrzip-z":
+        if not shutil.which("lrzip"):
+            return None
+        return (lambda b: lrzip("-z -L 9", b)), (lambda b: lrzip("-d", b))
+    return peers()[name]
+
+
 def bench(
-    name: str, arrays: Arrays, ideal: float | None, note: str, quick: bool, keep: Path | None,
-    scales: list[np.ndarray] | None = None,
+    name: str, arrays: Arrays, ideal: float | None, note: str, wanted: tuple[str, ...], keep: Path | None,
+    scales: list[np.ndarray] | None, before: dict[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
+    """One payload; `before` holds what an earlier, partial run measured on it."""
     plain = b"".join(q.tobytes() for _, q in arrays)
     turned = b"".join(np.ascontiguousarray(q.T).tobytes() for _, q in arrays)
-    coders: dict[str, dict[str, float]] = {}
-    coders["ours"], coded = ours(arrays, 31)
-    for peer, coder in peers().items():
-        if quick and peer != "zlib-9":
-            continue
-        coders[peer] = measure(peer, plain, coder)[0]
-        print(f"  {name} {peer}: {coders[peer]['bytes']:,}", file=sys.stderr, flush=True)
-        if peer == "brotli-11":
-            coders["brotli-11-T"] = measure(peer, turned, coder)[0]
-    variants: dict[str, Any] = {}
-    if not quick:
-        for peer in ("zlib-9", "zstd-22", "lzma-9e"):
-            variants[peer + "-T"] = measure(peer, turned, peers()[peer])[0]
-        if shutil.which("lrzip"):
-            zpaq: Coder = (lambda b: lrzip("-z -L 9", b), lambda b: lrzip("-d", b))
-            coders["lrzip-z"] = measure("lrzip", plain, zpaq)[0]
-            coders["lrzip-z-T"] = measure("lrzip", turned, zpaq)[0]
-    if scales is not None:
+    coders, variants = dict(before.get("coders", {})), dict(before.get("variants", {}))
+    if "ours" in wanted or keep is not None:
+        coders["ours"], coded = ours(arrays, 31)
+        if keep is not None:
+            keep.mkdir(parents=True, exist_ok=True)
+            atomic_write(keep / f"{name}.raw", plain)
+            atomic_write(keep / f"{name}.rans", coded)
+    if "with-scales" in wanted and scales is not None:
         variants["with-scales"] = with_scales(arrays, scales)
-    if keep is not None:
-        keep.mkdir(parents=True, exist_ok=True)
-        atomic_write(keep / f"{name}.raw", plain)
-        atomic_write(keep / f"{name}.rans", coded)
+    for peer in (*PEERS, *MORE):
+        coder = general(peer.removesuffix("-T")) if peer in wanted else None
+        if coder is not None:
+            place = coders if peer in PEERS else variants
+            place[peer] = measure(peer, turned if peer.endswith("-T") else plain, coder)[0]
+            print(f"  {name} {peer}: {place[peer]['bytes']:,}", file=sys.stderr, flush=True)
     limits = {"zero_order_per_tensor": round(zero_order(arrays)), "six_bit_packing": len(plain) * 6 // 8}
     return {
         "name": name, "weights": len(plain), "note": note, "ideal": None if ideal is None else round(ideal),
@@ -185,6 +192,8 @@ def bench(
 def table(results: list[dict[str, Any]]) -> str:
     lines = []
     for r in results:
+        if "ours" not in r["coders"] or len(r["coders"]) < 2:
+            continue
         best = min((c["bytes"], n) for n, c in {**r["coders"], **r["variants"]}.items() if n not in OURS)
         size = r["coders"]["ours"]["bytes"]
         above = "" if r["ideal"] is None else f", {100 * (size / r['ideal'] - 1):+.3f} % from the known-scale ideal"
@@ -216,25 +225,36 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, help="write every payload raw and coded into this folder")
     parser.add_argument("--payloads", default="G,T,S,trained")
     parser.add_argument("--quick", action="store_true", help="ours and zlib only")
+    parser.add_argument("--coders", help="only these, added to what the JSON file holds already (the whole takes long)")
     parser.add_argument("--steps", type=int, default=160, help="training steps of the trained payload")
+    parser.add_argument("--weights", type=Path, help="keep the trained weights in this .npz and reuse them")
     arguments = parser.parse_args()
-    results = []
+    wanted = QUICK if arguments.quick else ("ours", "with-scales", *PEERS, *MORE)
+    if arguments.coders:
+        wanted = tuple(arguments.coders.split(","))
+    done: dict[str, dict[str, Any]] = {}
+    if arguments.coders and arguments.json and arguments.json.is_file():
+        done = {p["name"]: p for p in json.loads(arguments.json.read_text())["payloads"]}
+    for name, arrays, ideal, note, scales in payloads(arguments):
+        done[name] = bench(name, arrays, ideal, note, wanted, arguments.keep, scales, done.get(name, {}))
+        if arguments.json:
+            write(arguments.json, list(done.values()))  # after every payload: the whole bench takes an hour
+    print(table(list(done.values())))
+
+
+def payloads(arguments: argparse.Namespace) -> Iterator[tuple[str, Arrays, float | None, str, list[np.ndarray] | None]]:
+    """(name, tensors, ideal bytes, origin, row scales) of what `--payloads` names."""
     for kind in arguments.payloads.split(","):
         if kind == "trained":
-            weights, note = weight_trained.train(arguments.steps)
+            weights, note = weight_trained.trained(arguments.steps, arguments.weights)
             for name, grid in weight_trained.GRIDS.items():
                 coded = weight_trained.quantised(weights, grid)
-                arrays = [(n, q) for n, q, _ in coded]
-                scales = [s for _, _, s in coded]
-                results.append(bench(name, arrays, None, note, arguments.quick, arguments.keep, scales))
+                yield name, [(n, q) for n, q, _ in coded], None, note, [s for _, _, s in coded]
         elif kind in ("G", "T", "S"):
             arrays, ideal, origin = synthetic(kind)
-            results.append(bench(kind, arrays, ideal, origin, arguments.quick, arguments.keep))
+            yield kind, arrays, ideal, origin, None
         else:
             raise SystemExit(f"no payload '{kind}'; known: G, T, S, trained")
-        if arguments.json:
-            write(arguments.json, results)  # after every payload: the whole bench takes half an hour
-    print(table(results))
 
 
 def write(path: Path, results: list[dict[str, Any]]) -> None:

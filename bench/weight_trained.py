@@ -62,6 +62,17 @@ def train(steps: int) -> tuple[dict[str, np.ndarray], str]:
     return {n: p.detach().numpy().copy() for n, p in stored.items()}, note
 
 
+def trained(steps: int, kept: Path | None) -> tuple[dict[str, np.ndarray], str]:
+    """`train`, or what an earlier run left in the file `kept`."""
+    if kept is not None and kept.is_file():
+        with np.load(kept) as file:
+            return {n: file[n] for n in file.files if n != "note"}, str(file["note"])
+    weights, note = train(steps)
+    if kept is not None:
+        np.savez(kept, note=np.array(note), **weights)  # type: ignore[arg-type]
+    return weights, note
+
+
 def quantised(weights: dict[str, np.ndarray], grid: dict[str, object]) -> Payload:
     """The matrices on a 6-bit grid."""
     import torch
