@@ -17,7 +17,7 @@ import typer
 
 from paramgolf import __version__
 from paramgolf.cli_data import app as data_app
-from paramgolf.errors import GolfError
+from paramgolf.errors import GolfError, on_every_rank
 
 app = typer.Typer(
     name="golf",
@@ -77,12 +77,13 @@ def run_command(
     as_json: Json = False,
 ) -> None:
     """Train a recipe, pack it under its byte cap and score the file that came out."""
-    words = _overrides(overrides, from_env)
-    words += [f"budget.seconds={seconds}"] if seconds is not None else []
-    words += [f"budget.bytes={max_bytes}"] if max_bytes is not None else []
     from paramgolf.recipe.load import resolve
 
-    resolved = resolve(recipe, words)
+    with on_every_rank():
+        words = _overrides(overrides, from_env)
+        words += [f"budget.seconds={seconds}"] if seconds is not None else []
+        words += [f"budget.bytes={max_bytes}"] if max_bytes is not None else []
+        resolved = resolve(recipe, words)
     from paramgolf.runner.run import run
     from paramgolf.runner.summary import summary_text
 
@@ -194,7 +195,8 @@ def main(arguments: list[str] | None = None) -> int:
         code = command.main(args=arguments, prog_name="golf", standalone_mode=False)
         return code if isinstance(code, int) else 0
     except GolfError as error:
-        return _fail(str(error), error.exit_code)
+        said_elsewhere = error.shared and os.environ.get("RANK", "0") != "0"
+        return error.exit_code if said_elsewhere else _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except BrokenPipeError:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -16,7 +18,7 @@ from paramgolf.recipe.sections import Recipe
 
 @dataclass(frozen=True)
 class RunFolder:
-    """`recipe.toml`, `train.jsonl`, `checkpoints/`, `model.golf`, `record.json`, `report.html` under one root."""
+    """`recipe.toml`, `data.json`, `train.jsonl`, `checkpoints/`, `model.golf`, `record.json`, `report.html`."""
 
     root: Path
 
@@ -35,6 +37,35 @@ class RunFolder:
     @property
     def log(self) -> Path:
         return self.root / "train.jsonl"
+
+    @property
+    def data(self) -> Path:
+        """The passport of the run's data: a resumed run must go on with the same."""
+        return self.root / "data.json"
+
+    def same_data(self, passport: dict[str, Any]) -> None:
+        """Keep the passport of a new run; of a resumed one, refuse other data."""
+        if not self.data.is_file():
+            atomic_write(self.data, json.dumps(passport, indent=1).encode())
+            return
+        try:
+            before = json.loads(self.data.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise GolfError(f"{self.data} cannot be read: {error}; choose another --out") from None
+        changed = [key for key in ("tokenizer", "train", "val") if before.get(key) != passport[key]]
+        if changed:
+            raise GolfError(f"--resume: {', '.join(changed)} of the data differ from {self.data}; give the run's data")
+
+    def abandon(self) -> None:
+        """Leave nothing of a run that ended before its first step."""
+        begun = self.log.is_file() and self.log.stat().st_size
+        if begun or any((self.root / "checkpoints").glob("*")):
+            return
+        for path in (self.root / "recipe.toml", self.data, self.log):
+            path.unlink(missing_ok=True)
+        for folder in (self.root / "checkpoints", self.root):
+            with contextlib.suppress(OSError):  # not there, or with something of the user's in it
+                folder.rmdir()
 
     def read_record(self) -> dict[str, Any] | None:
         """The record of a finished run, or None while there is none."""
@@ -56,28 +87,53 @@ def default_root(recipe: Recipe) -> Path:
     return candidate
 
 
-def open_folder(root: Path, recipe: Recipe, *, resume: bool) -> RunFolder:
+def claim(out: Path | None, recipe: Recipe, *, resume: bool, note: Callable[[str], None]) -> dict[str, str]:
+    """Choose and claim the folder of a run: {"root": its path, "train": what it is trained on (`data.train`)}.
+
+    Without `out` a new folder is made, or with `resume` the newest unfinished one of the same recipe is taken.
+    """
+    root = out or (_unfinished(recipe, note) if resume else None) or default_root(recipe)
+    return {"root": str(root), "train": _open(root, recipe, resume=resume).data.train}
+
+
+def _unfinished(recipe: Recipe, note: Callable[[str], None]) -> Path | None:
+    for saved in sorted(Path("runs").glob(f"{recipe.name}-*/recipe.toml"), reverse=True):
+        with contextlib.suppress(GolfError):  # of an older version, say: not one to go on with
+            if not RunFolder(saved.parent).record.is_file() and not _differences(load_recipe(str(saved)), recipe):
+                note(f"--resume without --out: going on with {saved.parent}")
+                return saved.parent
+    return None
+
+
+def _open(root: Path, recipe: Recipe, *, resume: bool) -> Recipe:
     """Claim `root` for this recipe. A folder with another run in it is refused, one of the same run is resumed."""
-    folder = RunFolder(root)
     if root.exists() and not root.is_dir():
         raise GolfError(f"--out {root} is a file; choose a folder")
     saved = root / "recipe.toml"
-    occupied = root.is_dir() and any(root.iterdir())
+    try:
+        occupied = root.is_dir() and any(root.iterdir())
+    except OSError as error:
+        raise GolfError(f"--out {root} cannot be read: {error.strerror}; choose another folder") from None
     if occupied and not saved.is_file():
         raise GolfError(f"--out {root} holds other files; choose an empty or new folder")
     if occupied and not resume:
         raise GolfError(f"--out {root} already holds a run; add --resume to go on with it, or choose another folder")
-    if occupied:
-        changed = _differences(load_recipe(str(saved)), recipe)
-        if changed:
-            raise GolfError(f"--resume: {', '.join(changed)} differ from {saved}; resume with the recipe of the run")
-    else:
+    if not occupied:
         atomic_write(saved, to_toml(recipe).encode())
-    return folder
+        return recipe
+    before = load_recipe(str(saved))
+    changed = _differences(before, recipe)
+    if changed:
+        raise GolfError(f"--resume: {', '.join(changed)} differ from {saved}; resume with the recipe of the run")
+    for stray in root.glob(".*.tmp"):  # half a file that a killed run left
+        stray.unlink(missing_ok=True)
+    return recipe if recipe.data.train else before
 
 
 def _differences(old: Recipe, new: Recipe) -> list[str]:
+    """Keys with different values. Where the training text lies is left out: its content is compared (`same_data`)."""
     before, after = to_table(old), to_table(new)
+    before["data"]["train"] = after["data"]["train"]
     sections = [key for key in after if key not in ("title", "extends") and before[key] != after[key]]
     keys: list[str] = []
     for section in sections:

@@ -7,7 +7,6 @@ budget counts are the design's: tokenising, scoring and the report are measured 
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 import torch
 
+from paramgolf.data.cache import cache_root
 from paramgolf.data.dataset import Dataset, prepare
 from paramgolf.data.progress import ProgressReport
 from paramgolf.dist import Dist
@@ -42,12 +42,6 @@ from paramgolf.train.session import TrainOutput, train_recipe
 # budget when the recipe counts packing. `auto` tries every codec in both orientations.
 PACK_SECONDS = {"raw": 0.2, "rans": 0.8, "zlib": 3.0, "lzma": 5.0, "zstd": 5.0, "brotli": 8.0, "auto": 40.0}
 PEER_TEXT_LIMIT = 64 * 2**20  # larger validation texts are not put through the general compressors
-
-
-def cache_root() -> Path:
-    """Where prepared data is kept between runs: $PARAMGOLF_CACHE, else the user's cache folder."""
-    base = os.environ.get("PARAMGOLF_CACHE")
-    return Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "paramgolf"
 
 
 def run(
