@@ -22,8 +22,8 @@ from tests.test_train_resume import At
 from tests.train_common import QUANT, Log, make_dataset, same, tiny, train, weights
 
 CHANGING: dict[str, Any] = {
-    "train": {"compile": "on", "micro_batch_tokens": 192},  # 8 rows of 32 as 4 and 4, 8 of 16 at once
-    "stages": [{"at": 0.3, "seq_len": 16, "batch_tokens": 128}],
+    "train": {"compile": "on", "batch_tokens": 224, "micro_batch_tokens": 160},  # 7 rows of 32 as 4 and 3
+    "stages": [{"at": 0.3, "seq_len": 16, "batch_tokens": 64}],
     "quant": QUANT | {"qat": "export", "qat_start": 0.6, "post_qat": "export", "post_qat_frac": 0.2},
     "average": {"kind": "ema", "decay": 0.5, "select": "train"},
     "budget": {"steps": 10},
@@ -48,27 +48,25 @@ def quick_backend(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("quick_backend")
-@pytest.mark.parametrize("warmup_steps", [0, 2])
-def test_nothing_is_compiled_after_warm_up(dataset: Dataset, tmp_path: Path, warmup_steps: int) -> None:
-    """Over stages, uneven micro batches, the QAT switch, the average and the post-training phase; and on resuming."""
-    recipe = tiny(**CHANGING | {"schedule": {"warmup_steps": warmup_steps}})
+def test_nothing_is_compiled_after_warm_up_nor_again_when_resuming(dataset: Dataset, tmp_path: Path) -> None:
+    """Over stages, uneven micro batches, the QAT switch, the average and the post-training phase."""
+    recipe = tiny(**CHANGING)
     before = compiling.compiled_graphs()
-    output = train(recipe, dataset, tmp_path / "run")
-    assert output.result.compiled["enabled"]
+    straight = train(recipe, dataset, tmp_path / "straight")
+    assert straight.result.compiled["enabled"]
     assert compiling.compiled_graphs() > before, "something was compiled at all"
-    assert output.result.recompiles == 0
+    assert straight.result.recompiles == 0
+    with pytest.raises(Interrupted):
+        train(recipe, dataset, tmp_path / "run", callbacks=[At(4, 15)])
+    resumed = train(recipe, dataset, tmp_path / "run", resume=True)
+    assert resumed.result.resumed_from == 5 and resumed.result.recompiles == 0
+    assert same(weights(resumed), weights(straight))
 
 
 @pytest.mark.usefixtures("quick_backend")
-def test_nothing_is_compiled_again_when_resuming(dataset: Dataset, tmp_path: Path) -> None:
-    recipe = tiny(**CHANGING)
-    with pytest.raises(Interrupted):
-        train(recipe, dataset, tmp_path / "run", callbacks=[At(4, 15)])
-    torch._dynamo.reset()
-    resumed = train(recipe, dataset, tmp_path / "run", resume=True)
-    assert resumed.result.resumed_from == 5 and resumed.result.recompiles == 0
-    torch._dynamo.reset()
-    assert same(weights(resumed), weights(train(recipe, dataset, tmp_path / "straight")))
+def test_graphs_are_compiled_before_the_first_step_also_without_warm_up(dataset: Dataset, tmp_path: Path) -> None:
+    result = train(tiny(**CHANGING | {"schedule": {"warmup_steps": 0}}), dataset, tmp_path / "run").result
+    assert (result.compiled["enabled"], result.warmup_steps, result.recompiles) == (True, 0, 0)
 
 
 @pytest.mark.usefixtures("quick_backend")
@@ -98,9 +96,8 @@ def test_a_compile_failure_falls_back_and_says_why(
     assert not output.result.compiled["enabled"]
     assert any("compiling failed" in note and "no code generator today" in note for note in log.notes)
     monkeypatch.undo()
-    eager = train(
-        tiny(**CHANGING | {"train": {"compile": "off", "micro_batch_tokens": 192}}), dataset, tmp_path / "eager"
-    )
+    uncompiled = CHANGING["train"] | {"compile": "off"}
+    eager = train(tiny(**CHANGING | {"train": uncompiled}), dataset, tmp_path / "eager")
     assert same(weights(output), weights(eager)), "the failed attempt left no trace"
 
 
@@ -149,6 +146,12 @@ def test_the_cache_is_cold_until_something_is_in_it(monkeypatch: pytest.MonkeyPa
     assert compiling.cache_state() == "cold"
     kernel.write_text("int main;")
     assert compiling.cache_state() == "warm"
+
+
+def test_the_cache_folder_is_the_compilers_own() -> None:
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    assert str(compiling.cache_folder()) == cache_dir()
 
 
 @pytest.mark.full

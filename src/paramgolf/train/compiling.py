@@ -6,10 +6,13 @@ compile cache) against what it saves. A failure is never fatal: the run goes on 
 
 from __future__ import annotations
 
+import getpass
 import importlib.util
 import os
+import re
 import shutil
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,11 +37,16 @@ class CompilePlan:
     cache: str = "unused"
 
 
+def cache_folder() -> Path:
+    """Where torch's compiler keeps its results. Asking torch itself would import the compiler, which takes seconds."""
+    chosen = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    user = re.sub(r'[\\/:*?"<>|]', "_", getpass.getuser())
+    return Path(chosen) if chosen else Path(tempfile.gettempdir()) / f"torchinductor_{user}"
+
+
 def cache_state() -> str:
     """ "warm" when the compiler's cache folder already holds something, else "cold"."""
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
-
-    folder = Path(cache_dir())
+    folder = cache_folder()
     kernels = (p for p in folder.iterdir() if p.is_dir() and p.name not in ("tmp", "locks")) if folder.is_dir() else ()
     return "warm" if any(any(p.iterdir()) for p in kernels) else "cold"
 

@@ -191,6 +191,8 @@ class Session:
         if snapshot is not None:
             self.trainer.load(snapshot, last_strict(self.out_dir / "train.jsonl"))
         resumed = self.trainer.at.step
+        if not done:
+            self.trainer.extra["setup"] = self._setup_facts()
         self.on_main(partial(self._open_log, resumed))
         self.parts.model.train()
         self.trainer.save_seconds = self._checkpoint_bytes() / WRITE_BYTES_A_SECOND
@@ -288,6 +290,20 @@ class Session:
                 lambda: parts.interrupts.check("warm-up"),
             )  # fmt: skip
 
+    def _setup_facts(self) -> dict[str, Any]:
+        """What the record says about how training ran; kept in checkpoints, so a finished training keeps them too."""
+        plan, attention = self.plan, self.parts.model.attention
+        return {
+            "warmup_steps": self.warmup_steps,
+            "compiled": {"enabled": plan.enabled, "reason": plan.reason, "cache": plan.cache},
+            "dtype": str(self.chosen.dtype).removeprefix("torch."),
+            "threads": self.chosen.threads,
+            "attention": attention.name if attention else "",
+            "kernels": self.kernels,
+            "micro_tokens": self.parts.stepper.micro_tokens,
+            "world": self.dist.world,
+        }
+
     def _open_log(self, resumed_step: int) -> None:
         self.watch.members.append(JsonLines(self.out_dir / "train.jsonl", self.recipe.train.log_every, resumed_step))
 
@@ -296,9 +312,8 @@ class Session:
         return 4 * weights * (4 if self.parts.average is not None else 3)
 
     def _result(self, resumed: int) -> TrainResult:
-        trainer, parts = self.trainer, self.parts
+        trainer = self.trainer
         main = trainer.extra["main"]
-        attention = parts.model.attention
         return TrainResult(
             steps=trainer.at.step,
             tokens=trainer.at.tokens,
@@ -307,18 +322,11 @@ class Session:
             train_seconds=main["seconds"],
             step_ms=1e3 * main["seconds"] / main["steps"],
             recompiles=trainer.recompiles if self.plan.enabled else 0,
-            warmup_steps=self.warmup_steps,
-            compiled={"enabled": self.plan.enabled, "reason": self.plan.reason, "cache": self.plan.cache},
-            dtype=str(self.chosen.dtype).removeprefix("torch."),
-            threads=self.chosen.threads,
-            attention=attention.name if attention else "",
-            kernels=self.kernels,
-            micro_tokens=parts.stepper.micro_tokens,
-            world=self.dist.world,
             resumed_from=resumed,
             average=trainer.extra.get("average", {}),
             post_qat=trainer.extra.get("post_qat", {}),
             peak_memory_bytes=runtime.peak_memory_bytes(self.dist.device),
+            **trainer.extra["setup"],
         )
 
 
