@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from paramgolf.recipe.load import load_recipe
 from paramgolf.runner.environment import environment
 
 LOG_EVERY = 10
+ON_GPU = ("train.device=cuda",)
 NO_GPU = (
     "no CUDA device is present; this bench needs one (see docs/gpu.md). Without it: --prepare makes the shards, "
     "--merge prints results that are there"
@@ -73,22 +74,12 @@ def run_script(script: Path, env: Mapping[str, str], folder: Path, limit: float)
     return side | {"wall_seconds": time.monotonic() - began, "problem": problem}
 
 
-def run_recipe(recipe: str, env: Mapping[str, str], folder: Path, limit: float, device: str = "cuda") -> Side:
-    """`golf run` with the same settings, read from its record and its training log."""
+def run_recipe(recipe: str, env: Mapping[str, str], folder: Path, limit: float, more: Sequence[str] = ON_GPU) -> Side:
+    """`golf run` with the same settings and `more` overrides, read from its record and its training log."""
     overrides, _ = from_variables(env)
     out = folder / "run"
     shutil.rmtree(out, ignore_errors=True)
-    command = [
-        sys.executable,
-        "-m",
-        "paramgolf",
-        "run",
-        recipe,
-        *overrides,
-        f"train.device={device}",
-        "--out",
-        str(out),
-    ]
+    command = [sys.executable, "-m", "paramgolf", "run", recipe, *overrides, *more, "--out", str(out)]
     began = time.monotonic()
     source = str(Path(__file__).resolve().parents[1] / "src")  # also where the package is not installed
     path = os.pathsep.join([source, *filter(None, [os.environ.get("PYTHONPATH", "")])])

@@ -5,7 +5,8 @@ One side of a comparison is a dict with these keys, None where the run does not 
     steps, step_ms, curve        of the main loop; curve = {step: training loss in nats of that step's batch}
     val_bpb_float                before quantisation, non-overlapping windows
     val_bpb, val_bpb_sliding     of the quantised file as read back: non-overlapping and sliding windows
-    artifact_bytes, code_bytes, total_bytes, peak_memory_bytes, params
+    artifact_bytes               compressed weights with all that is needed to read them, but the tokenizer
+    code_bytes, total_bytes, peak_memory_bytes, params
 """
 
 from __future__ import annotations
@@ -72,7 +73,9 @@ def _sizes(line: str, side: Side) -> None:
 def our_side(record: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]) -> Side:
     """One side from `record.json` and the lines of `train.jsonl`; some facts of our own beside the common keys."""
     side: Side = {key: record.get(key) for key in KEYS}
-    side["artifact_bytes"] = record["artifact_bytes"]
+    # The scripts' artifact holds no tokenizer, so ours is counted without it.
+    side["artifact_bytes"] = record["artifact_bytes"] - record["ledger"].get("tokenizer", 0)
+    side["file_bytes"] = record["artifact_bytes"]
     training = record["training"]
     side["curve"] = {int(row["step"]): float(row["loss"]) for row in rows}
     side["peak_memory_bytes"] = training["peak_memory_bytes"].get("cuda", record["peak_memory_bytes"])
