@@ -118,7 +118,7 @@ def test_files_named_val_are_validation(tmp_path: Path) -> None:
     assert documents_of(data, "val") == topics()[38:50]
     assert documents_of(data, "train") == topics()[:38]
     assert (data.passport["split"], data.passport["removed_from_train"]) == ("files named *val*", 2)
-    assert data.passport["skipped_files"] == 1
+    assert data.passport["skipped_files"] == ["notes.md"]
 
 
 def test_data_val_comes_first(tmp_path: Path) -> None:
@@ -167,6 +167,17 @@ def test_the_same_content_is_prepared_once(tmp_path: Path) -> None:
     write(tmp_path / "a.txt", topics()[1:])
     assert prepare(SMALL, tmp_path / "a.txt", cache=cache).root != first.root
     assert not [p for p in cache.iterdir() if p.name.startswith(".")]
+
+
+@pytest.mark.parametrize("name", ["train_000000.bin", "val_000000.bin", "val.txt", "passport.json"])
+def test_a_damaged_cache_is_built_again(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path / "a.txt", topics()[:30])
+    made = prepare(SMALL, path, cache=tmp_path / "cache")
+    good = (made.root / name).read_bytes()
+    (made.root / name).write_bytes(good[:-2])
+    again = prepare(SMALL, path, cache=tmp_path / "cache")
+    assert again.root == made.root
+    assert (again.root / name).read_bytes() == good
 
 
 def test_two_at_once_end_with_one_dataset(tmp_path: Path) -> None:
@@ -395,3 +406,11 @@ def test_paragraph_blocks_tile_the_document() -> None:
         assert all(a[1] == b[0] for a, b in itertools.pairwise(spans))
         for start, end in spans:
             text[start:end].decode()  # never inside a character
+
+
+def test_a_score_can_read_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = train_bpe(topics()[:20], 400)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"one\x1e\ntwo\n")))
+    tokens, size, sizes = open_text("-", tokenizer)
+    assert (tokens == tokenizer.encode_documents([b"one", b"two"])).all()
+    assert (size, sizes) == (6, [3, 3])

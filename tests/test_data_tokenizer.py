@@ -234,3 +234,33 @@ def test_byte_table_is_the_official_one() -> None:
         assert (tokenizer.token_bytes.base_bytes == z["lut_base_bytes"]).all()
         assert (tokenizer.token_bytes.leading_space == z["lut_has_leading_space"]).all()
         assert (tokenizer.token_bytes.boundary == z["lut_is_boundary"]).all()
+
+
+# -- odd texts ------------------------------------------------------------------------------------------------------
+
+
+def test_a_long_text_without_blanks_is_cut_too() -> None:
+    draws = np.random.default_rng(3).geometric(0.02, 200_000)
+    text = "".join(chr(0x4E00 + min(draw, 300)) for draw in draws.tolist())
+    tokenizer = train_bpe([text.encode()], 900)
+    assert tokenizer.vocab_size == 900
+    data = text.encode()
+    spans = list(tokenizer.cuts(data, 10_000))
+    assert len(spans) > 50
+    parts = np.concatenate([tokenizer.encode(data[a:b]) for a, b in spans])
+    assert (parts == tokenizer.encode(data)).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=30), max_size=6),
+    st.integers(260, 330),
+    st.booleans(),
+)
+def test_any_text_trains_a_tokenizer(texts: list[str], vocab_size: int, split_digits: bool) -> None:
+    documents = [(text * 9).encode() for text in texts]
+    tokenizer = train_bpe(documents, vocab_size, split_digits=split_digits)
+    assert 260 <= tokenizer.vocab_size <= vocab_size
+    for document in [*documents, b" \xff\x00"]:
+        check_exact(tokenizer, document)
+    assert Tokenizer.from_compact(tokenizer.compact()).to_bytes() == tokenizer.to_bytes()

@@ -55,6 +55,8 @@ def prepare_command(
     with ProgressReport() as progress:
         data = prepare(section, cache=_cache(), progress=progress, workers=workers, out=out)
     passport = data.passport
+    if passport.get("skipped_files"):
+        typer.echo(f"note: left out: {', '.join(passport['skipped_files'])}", err=True)
     lines = [f"{data.root}"]
     for side in ("train", "val"):
         part = passport[side]

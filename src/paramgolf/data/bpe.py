@@ -22,10 +22,11 @@ _NO_CHARACTER = "\t"  # the trainer never puts it into a piece
 
 
 def _sentences(text: str) -> Iterator[str]:
+    """Parts that end before a blank; hard cuts where there is none for long (the trainer takes no huge words)."""
     start = 0
     while start < len(text):
-        found = _CUT.search(text, start + _SENTENCE)
-        end = found.start() if found else len(text)
+        found = _CUT.search(text, start + _SENTENCE, start + 2 * _SENTENCE)
+        end = found.start() if found else start + 2 * _SENTENCE
         yield text[start:end]
         start = end
 

@@ -35,6 +35,7 @@ Progress = Callable[[str, int, int | None], None]  # (phase, bytes done, bytes i
 
 FORMAT = 3  # raise when the meaning of a prepared folder changes: the cache key holds it
 PASSPORT, TOKENIZER, VAL_TEXT = "passport.json", "tokenizer.model", "val.txt"
+_LISTED = 50  # names of skipped files the passport holds
 
 
 def _silent(phase: str, done: int, total: int | None) -> None:
@@ -83,9 +84,13 @@ def build(
 
 
 def _is_current(folder: Path, key: str) -> bool:
+    """Whether `folder` is the whole dataset of `key`; a cache that lost a file is built again."""
     try:
-        return bool(json.loads((folder / PASSPORT).read_text()).get("key") == key)
-    except (OSError, ValueError, AttributeError):
+        passport = json.loads((folder / PASSPORT).read_text())
+        shards = [*passport["train"]["shards"], *passport["val"]["shards"]]
+        whole = all(read_header(folder / shard["name"]) == shard["tokens"] for shard in shards)
+        return bool(whole and passport["key"] == key and sha256_file(folder / VAL_TEXT) == passport["val"]["sha256"])
+    except (OSError, ValueError, TypeError, KeyError, GolfError):
         return False
 
 
@@ -241,7 +246,7 @@ def _build_in(work: Path, section: DataSection, inputs: Inputs, progress: Progre
         "format": FORMAT,
         "kind": "text",
         "source": inputs.label,
-        "skipped_files": len(inputs.skipped),
+        "skipped_files": inputs.skipped[:_LISTED],
         "tokenizer": {
             "sha256": given.sha256,
             "vocab_size": given.vocab_size,

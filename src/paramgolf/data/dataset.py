@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,8 @@ def prepare(
             official.check_vocabulary(dataset.tokenizer, section, where=str(folder / TOKENIZER), given=True)
             return dataset
         if official.has_shards(folder):
+            if out is not None:
+                raise GolfError(f"{name}: these are shards already; use the folder where it is, without --out")
             shards = official.find(folder, section, cache)
             return Dataset(folder, shards.tokenizer, shards.train, shards.val, None, None, shards.passport)
     if name and folder.suffix == ".bin":
@@ -98,6 +101,10 @@ def open_text(
 
     Of a folder: its validation part if it has one. Shards carry no documents: (tokens, None, []).
     """
+    if str(source) == "-":
+        with tempfile.TemporaryDirectory() as spool:
+            documents = [bytes(d.data) for d in sources.spool_stdin(Path(spool), field).documents()]
+        return _as_stream(documents, "standard input", tokenizer)
     path = Path(source).expanduser()
     if path.is_dir() and (path / VAL_TEXT).is_file() and (path / PASSPORT).is_file():
         path = path / VAL_TEXT
@@ -108,8 +115,12 @@ def open_text(
         return np.array(open_shard(path, tokenizer.vocab_size)), None, []
     found, _ = sources.find(path, field)
     held = [s for s in found if sources.is_validation(s)]
-    documents = [d.data for s in (held if held and path.is_dir() else found) for d in s.documents()]
+    documents = [bytes(d.data) for s in (held if held and path.is_dir() else found) for d in s.documents()]
+    return _as_stream(documents, str(source), tokenizer)
+
+
+def _as_stream(documents: list[bytes], where: str, tokenizer: Tokenizer) -> tuple[np.ndarray, int, list[int]]:
     if not documents:
-        raise GolfError(f"{source}: the text is empty; nothing to score")
+        raise GolfError(f"{where}: the text is empty; nothing to score")
     sizes = [len(document) for document in documents]
     return tokenizer.encode_documents(documents), sum(sizes), sizes

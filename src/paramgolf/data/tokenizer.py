@@ -24,6 +24,7 @@ from paramgolf.files import sha256_bytes
 Buffer = bytes | bytearray | memoryview
 
 CHUNK_BYTES = 1 << 16  # a long document is encoded in parts of about this size, where that changes nothing
+_BROKEN = re.compile("[\udc80-\udcff]")  # bytes that are not UTF-8, as "surrogateescape" writes them
 
 
 class Tokenizer:
@@ -116,9 +117,10 @@ class Tokenizer:
         return re.compile(f"([{SPACE}\udc80-\udcff{blank}]+)")
 
     @cached_property
-    def _may_cut(self) -> bool:
-        """Whether no piece reaches over the start of a run of blanks, so that text may be cut there."""
-        return self.reversible and not any(SPACE in text.lstrip(SPACE) for text in self._normal_pieces)
+    def _joined(self) -> frozenset[str]:
+        """Pairs of neighbouring characters inside pieces: between any other two, text may be cut."""
+        texts = (text.replace(SPACE, " ") for text in self._normal_pieces)
+        return frozenset(text[i : i + 2] for text in texts for i in range(len(text) - 1))
 
     def encode(self, text: str | Buffer) -> np.ndarray:
         """Token ids of one text, without BOS; uint16 (n,).
@@ -159,21 +161,20 @@ class Tokenizer:
         """(start, end) of parts of about `size` bytes at places where cutting does not change the tokens."""
         total, start = len(document), 0
         while start < total:
-            end = total
-            if self._may_cut:
-                end = self._safe_cut(document, start + size, total)
+            end = self._safe_cut(document, start + size, total) if self.reversible else total
             yield start, end
             start = end
 
-    @staticmethod
-    def _safe_cut(document: Buffer, at: int, total: int) -> int:
-        """The first place from `at` on where a blank follows a non-blank."""
+    def _safe_cut(self, document: Buffer, at: int, total: int) -> int:
+        """The first place after `at` between two characters that no piece joins, else `total`."""
         while at < total:
-            window = bytes(document[at - 1 : at + 65536])
-            found = re.search(rb"(?<=[^ ]) ", window)
-            if found:
-                return at - 1 + found.start()
-            at += 65536
+            window = bytes(document[at : at + 4096])
+            text = window.decode("utf-8", "surrogateescape")
+            for i in range(1, len(text)):
+                pair = text[i - 1 : i + 1]
+                if pair not in self._joined and not _BROKEN.search(pair):
+                    return at + len(text[:i].encode("utf-8", "surrogateescape"))
+            at += max(len(window) - 8, 1)  # a character may lie across the end of the window
         return total
 
     def encode_documents(self, documents: Iterable[Buffer]) -> np.ndarray:
