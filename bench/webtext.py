@@ -10,7 +10,7 @@ from bench.runs import shared
 TRAIN = "webtext_train_00.txt.xz"
 HELD = "webtext_train_03.txt.xz"  # another piece of the same mix: its first documents are the tuning split
 SEPARATOR = b"\x1e\n"
-SPLIT_BYTES = 1_000_000
+SPLIT_BYTES = 500_000
 
 
 def train_text() -> str:

@@ -1,0 +1,91 @@
+"""The pocket recipe against the baseline's own method at the same caps: `python -m bench.pocket --json FILE`.
+
+Both get 1,000,000 bytes by file and 240 s by the strict clock from a cold compile cache on this machine, train on one
+piece of the shared web text and are scored on its validation set at the end. A ladder of steps from one to the other
+shows where the difference comes from. Runs are appended to FILE as they end; a stopped bench goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from bench.runs import golf_run
+from bench.webtext import train_text, val_text
+from paramgolf.runner.environment import environment
+
+BASELINE = str(Path(__file__).with_name("pocket_baseline.toml"))
+# From the baseline's method to pocket, one idea a step; the last step is the recipe itself.
+LADDER = {
+    "+ sliding score": ["score.stride=64"],
+    "+ vocabulary 4,096": ["data.vocab_size=4096"],
+    "+ optimizer and schedule": [
+        "optim.matrix_lr=0.02", "optim.scalar_lr=0.03", "optim.embed_lr=0.04", "schedule.warmdown_frac=0.6",
+        "schedule.momentum_warmup_steps=100", "train.batch_tokens=4096", "train.seq_len=256", "average.kind=ema",
+        "average.decay=0.98",
+    ],
+}  # fmt: skip
+KEYS = (
+    "val_bpb", "val_bpb_sliding", "val_bpb_float", "artifact_bytes", "params", "steps", "train_tokens", "step_ms",
+    "peak_memory_bytes", "seconds", "peers", "seed",
+)  # fmt: skip
+
+
+class Bench:
+    """Runs by name, each done once."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.data: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"runs": {}}
+        self.data["machine"] = environment()
+
+    def run(self, name: str, recipe: str, overrides: list[str]) -> dict[str, Any]:
+        if name not in self.data["runs"]:
+            record = golf_run(recipe, overrides, train=train_text(), val=val_text())
+            self.data["runs"][name] = {"overrides": overrides, **{key: record.get(key) for key in KEYS}}
+            self.path.write_text(json.dumps(self.data, indent=1) + "\n")
+        return self.data["runs"][name]
+
+
+def best(run: dict[str, Any]) -> float:
+    """The recipe's own score: sliding where it asks for that."""
+    return run["val_bpb_sliding"] if run["val_bpb_sliding"] is not None else run["val_bpb"]
+
+
+def line(name: str, runs: list[dict[str, Any]]) -> str:
+    scores = [best(run) for run in runs]
+    spread = f"± {statistics.stdev(scores):.4f}" if len(scores) > 1 else ""
+    size = max(run["artifact_bytes"] for run in runs)
+    memory = max(run["peak_memory_bytes"] for run in runs) / 2**20
+    tokens = statistics.mean(run["train_tokens"] for run in runs) / 1e6
+    return f"{name:28} {statistics.mean(scores):8.4f} {spread:9} {size:10,} {tokens:8.2f} {memory:8,.0f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.pocket", description=__doc__)
+    parser.add_argument("--json", type=Path, default=Path("results/pocket.json"))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--no-ladder", action="store_true", help="only the two recipes")
+    options = parser.parse_args()
+    bench = Bench(options.json)
+    seeds = range(1, options.seeds + 1)
+    pocket = [bench.run(f"pocket {s}", "pocket", [f"train.seed={s}"]) for s in seeds]
+    baseline = [bench.run(f"baseline {s}", BASELINE, [f"train.seed={s}"]) for s in seeds]
+    print(f"{'system':28} {'val_bpb':>8} {'sd':9} {'bytes':>10} {'M tokens':>8} {'MiB':>8}")
+    print(line("baseline's method", baseline))
+    overrides: list[str] = []
+    for step, more in ({} if options.no_ladder else LADDER).items():
+        overrides += more
+        print(line(f"  {step}", [bench.run(f"ladder {step}", BASELINE, ["train.seed=1", *overrides])]))
+    print(line("pocket", pocket))
+    ratio = statistics.mean(map(best, pocket)) / statistics.mean(map(best, baseline))
+    print(f"pocket / baseline's method: {ratio:.4f}")
+    for name, peer in pocket[0]["peers"].items():
+        print(f"{name:28} {peer['bpb']:8.4f}")
+
+
+if __name__ == "__main__":
+    main()
