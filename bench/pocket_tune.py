@@ -1,8 +1,8 @@
 """Trials of a recipe on a split of the training text: `python -m bench.pocket_tune TRIALS.toml --json FILE`.
 
-TRIALS.toml holds `recipe`, `common` overrides and a list of `[[trial]]` tables with `name` and `overrides`. Trials run one
-after the other and are appended to FILE as they end, so that a stopped series goes on where it was. The validation
-set is never touched.
+TRIALS.toml holds `recipe`, `common` overrides and a list of `[[trial]]` tables with `name` and `overrides`. Trials run
+one after the other and are appended to FILE as they end, so that a stopped series goes on where it was. The
+validation set is never touched.
 """
 
 from __future__ import annotations
@@ -32,7 +32,11 @@ def main() -> None:
         if trial["name"] in done:
             continue
         overrides = [*series.get("common", []), *trial["overrides"]]
-        record = golf_run(series["recipe"], overrides, train=train_text(), val=held)
+        try:
+            record = golf_run(series["recipe"], overrides, train=train_text(), val=held)
+        except RuntimeError as error:  # over the cap, say: a result like any other
+            record = {}
+            print(error, flush=True)
         row = {"name": trial["name"], "overrides": overrides, **{key: record.get(key) for key in KEYS}}
         rows.append(row)
         options.json.write_text(json.dumps(rows, indent=1) + "\n")

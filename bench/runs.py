@@ -21,7 +21,9 @@ def shared(*parts: str) -> Path:
     return path
 
 
-def golf_run(recipe: str, overrides: Sequence[str], *, train: str, val: str = "", out: Path | None = None) -> dict[str, Any]:
+def golf_run(
+    recipe: str, overrides: Sequence[str], *, train: str, val: str = "", out: Path | None = None
+) -> dict[str, Any]:
     """`golf run RECIPE ...` from a cold compile cache; returns its record. Progress goes to stderr."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = out or Path(scratch, "run")

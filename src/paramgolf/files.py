@@ -33,7 +33,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             os.fsync(written.fileno())  # a power cut after the rename must not leave an empty file
         os.replace(temporary, target)
     except OSError as error:
-        raise GolfError(f"cannot write {target}: {error.strerror or error}; free space or choose another place") from error
+        reason = error.strerror or error
+        raise GolfError(f"cannot write {target}: {reason}; free space or choose another place") from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)

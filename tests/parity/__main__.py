@@ -1,4 +1,4 @@
-"""`python -m tests.parity DIR [--only KIND]`: one row a file, worst error against its tolerance; exit 1 on any failure."""
+"""`python -m tests.parity DIR [--only KIND]`: one row a file, worst error against tolerance; exit 1 on any failure."""
 
 from __future__ import annotations
 
@@ -62,7 +62,8 @@ def main() -> int:
         failed += bool(bad)
         verdict = "ok" if not bad else f"FAILED {len(bad)}: {bad[0].name}"
         seconds = time.monotonic() - start
-        print(f"{path.name:40} {len(checks):6}  {top.error:10.3g} {top.tolerance:10.3g}  {seconds:7.1f}  {verdict}", flush=True)
+        figures = f"{len(checks):6}  {top.error:10.3g} {top.tolerance:10.3g}  {seconds:7.1f}"
+        print(f"{path.name:40} {figures}  {verdict}", flush=True)
     print(f"{len(paths) - failed} of {len(paths)} files agree")
     return 1 if failed else 0
 

@@ -32,7 +32,7 @@ def why_not(model: GPT, length: int) -> str:
         return "seq_len must be a multiple of 32"
     if s.activation not in SLOPES:
         return f"there is no kernel for the activation '{s.activation}'"
-    if any(block.attn.layer_parts for block in model.blocks):
+    if any(block.attn.layer_parts for block in model.layers):
         return "a model part changes the layers"
     return build.why_not()
 
@@ -54,7 +54,7 @@ class NativeRunner:
         model = self.model
         terms: list[Term] = []  # their sum is the stream
         stack: list[Tensor] = []
-        for position, block in enumerate(model.blocks):
+        for position, block in enumerate(model.layers):
             join = position - model.num_encoder
             if join >= 0 and stack:
                 assert model.skip_weights is not None
