@@ -28,9 +28,16 @@ class Matrix:
     fine_row: np.ndarray = field(default_factory=lambda: np.zeros(0))  # the same before rounding
     fine_column: np.ndarray = field(default_factory=lambda: np.zeros(0))
 
-    def contexts(self) -> np.ndarray:
-        """Class of every element, int64 (rows, columns), 1..CLASSES."""
-        return np.clip(self.row[:, None] + self.column[None, :], 1, sm.CLASSES)
+    def cells(self, pad: int) -> np.ndarray:
+        """Flat index (class + pad) * SYMBOLS + code + 128 of every element, int64 (rows, columns)."""
+        low, high = (int(f(self.row)) + int(f(self.column)) for f in (np.min, np.max))
+        if low >= 1 and high <= sm.CLASSES:
+            index = ((self.row + pad) * SYMBOLS + 128)[:, None] + (self.column * SYMBOLS)[None, :]
+        else:
+            classes = np.clip(self.row[:, None] + self.column[None, :], 1, sm.CLASSES)
+            index = (classes + pad) * SYMBOLS + 128
+        index += self.codes
+        return index
 
 
 def start(matrix: Matrix, rounds: int = 3) -> None:
@@ -56,8 +63,7 @@ def count(matrices: list[Matrix]) -> np.ndarray:
     """How often each code occurs in each class: int64 (CLASSES + 1, SYMBOLS), symbol = code + 128."""
     total = np.zeros((sm.CLASSES + 1) * SYMBOLS, np.int64)
     for m in matrices:
-        index = m.contexts().astype(np.int32) * SYMBOLS + (m.codes.astype(np.int32) + 128)
-        total += np.bincount(index.ravel(), minlength=len(total))
+        total += np.bincount(m.cells(0).ravel(), minlength=len(total))
     return total.reshape(-1, SYMBOLS)
 
 
@@ -116,7 +122,7 @@ def cost_table(counts: np.ndarray, shape: int, strength: float, low: int, high: 
 
 def axis_costs(matrix: Matrix, table: np.ndarray, axis: int, reach: int) -> np.ndarray:
     """Bits of every row (axis 0) or column (axis 1) with its class moved by -reach..reach: (2 * reach + 1, n)."""
-    base = (matrix.contexts() + _PAD) * SYMBOLS + (matrix.codes + np.int64(128))
+    base = matrix.cells(_PAD)
     flat = table.ravel()
     moved = range(-reach, reach + 1)
     return np.stack([flat[d * SYMBOLS :].take(base).sum(1 - axis) if d >= 0 else

@@ -18,6 +18,7 @@ from paramgolf.pack.codecs.rans_layout import STRENGTHS, Group, View
 _TAIL_MASS = 1 << 7  # a table leaves out codes whose mass together is at most this, of 2**20
 _MOST_CONTEXTS = 7 * sm.CLASSES
 _OUTSIDE = 1000  # not a code
+_CHUNK = 1 << 18
 
 
 @dataclass
@@ -95,11 +96,15 @@ def symbols_of(contexts: np.ndarray, codes: np.ndarray, tables: TableSet) -> tup
     every = np.arange(-128, 128)[None, :] - tables.first[:, None]
     inside = (every >= 0) & (every < tables.count[:, None])
     lookup = np.where(inside, every, tables.count[:, None]) + np.arange(len(every))[:, None] * width
-    index = contexts.astype(np.int32) * 256 + (codes.astype(np.int32) + 128)
-    ids = lookup.astype(np.int32).ravel().take(index) if len(index) else np.zeros(0, np.int32)
-    outside = ~inside.ravel()
-    escaped = np.flatnonzero(outside.take(index)) if len(index) else np.zeros(0, np.int64)
-    return ids, escaped
+    flat, outside = lookup.astype(np.int32).ravel(), ~inside.ravel()
+    ids = np.empty(len(codes), np.int32)
+    escaped = [np.zeros(0, np.int64)]
+    for at in range(0, len(codes), _CHUNK):  # index arrays that stay in the cache
+        index = contexts[at : at + _CHUNK].astype(np.int64) * 256 + 128
+        index += codes[at : at + _CHUNK]
+        flat.take(index, out=ids[at : at + _CHUNK])
+        escaped.append(np.flatnonzero(outside.take(index)) + at)
+    return ids, np.concatenate(escaped)
 
 
 def codes_of(side: BitReader, contexts: np.ndarray, ids: np.ndarray, tables: TableSet) -> np.ndarray:
