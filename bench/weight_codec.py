@@ -259,7 +259,8 @@ def payloads(arguments: argparse.Namespace) -> Iterator[tuple[str, Arrays, float
 
 def write(path: Path, results: list[dict[str, Any]]) -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    command = "python -m bench.weight_codec " + " ".join(sys.argv[1:])
+    words = [Path(word).name if word.startswith("/") else word for word in sys.argv[1:]]
+    command = " ".join(["python -m bench.weight_codec", *words])
     report = {"command": command, "versions": versions(), "peak_bytes": peak, "payloads": results}
     atomic_write(path, (json.dumps(report, indent=1) + "\n").encode())
 
