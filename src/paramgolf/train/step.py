@@ -82,11 +82,13 @@ class Stepper:
             The summed loss of these rows in nats, fp32 scalar on the device.
         """
         total = torch.zeros((), device=self.dist.device)
+        # One copy a step: on CUDA each copy from ordinary memory first waits for everything that was launched.
+        x, y = x.to(self.dist.device), y.to(self.dist.device)
         start = 0
         for size in self.sizes(x.shape[0], x.shape[1]):
             rows = slice(start, start + size)
             start += size
-            loss = self.model(x[rows].to(self.dist.device), y[rows].to(self.dist.device))
+            loss = self.model(x[rows], y[rows])
             tokens = size * x.shape[1]
             (loss if tokens == expected_tokens else loss * (tokens / expected_tokens)).backward()
             total += loss.detach().float() * tokens
@@ -109,7 +111,10 @@ class Stepper:
                 raise
             self._error = error
         own = [float(tokens), float(self._error is not None), float(interrupted)]
-        tail = torch.cat((total.reshape(1), torch.tensor(own, device=total.device)))
+        tail = total.new_empty(1 + len(own))
+        tail[0] = total
+        for place, value in enumerate(own, start=1):
+            tail[place].fill_(value)  # not torch.tensor(own): a copy to the GPU would wait for the backward pass
         self._tail = self._exchange(tail, expected_tokens) if self.dist.world > 1 else tail
 
     def _exchange(self, tail: Tensor, expected_tokens: int) -> Tensor:
