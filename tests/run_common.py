@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import inspect
 import json
 import os
 import subprocess
@@ -59,14 +61,9 @@ def losses(run: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (run / "train.jsonl").read_text().splitlines()]
 
 
-def words(count: int, seed: int = 1) -> str:
-    """Made-up, learnable text of about six bytes a word."""
-    vocabulary = ["river", "stone", "and", "the", "light", "of", "a", "green", "house", "walks", "under", "night"]
-    state, picked = seed, []
-    for _ in range(count):
-        state = (1103515245 * state + 12345) % 2**31
-        picked.append(vocabulary[state // 65536 % len(vocabulary)] + (".\n\n" if state % 97 == 0 else ""))
-    return " ".join(picked)
+def prose(size: int = 60_000) -> str:
+    """Text with a large enough vocabulary of its own: the source of a module that every Python has."""
+    return inspect.getsource(argparse)[:size]
 
 
 def one_thread() -> dict[str, str]:

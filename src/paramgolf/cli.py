@@ -71,8 +71,8 @@ def run_command(
     ] = "",
     out: Annotated[Path | None, typer.Option(help="Run folder. Default: runs/<recipe>-<time>.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")] = False,
-    seconds: Annotated[float | None, typer.Option(help="Time budget (budget.seconds).")] = None,
-    max_bytes: Annotated[int | None, typer.Option("--bytes", help="Byte cap (budget.bytes).")] = None,
+    seconds: Annotated[str, typer.Option(metavar="S", help="Time budget (budget.seconds).")] = "",
+    max_bytes: Annotated[str, typer.Option("--bytes", metavar="N", help="Byte cap (budget.bytes).")] = "",
     from_env: FromEnv = "",
     as_json: Json = False,
 ) -> None:
@@ -81,8 +81,8 @@ def run_command(
 
     with on_every_rank():
         words = _overrides(overrides, from_env)
-        words += [f"budget.seconds={seconds}"] if seconds is not None else []
-        words += [f"budget.bytes={max_bytes}"] if max_bytes is not None else []
+        words += [f"budget.seconds={seconds}"] if seconds else []
+        words += [f"budget.bytes={max_bytes}"] if max_bytes else []
         resolved = resolve(recipe, words)
     from paramgolf.runner.run import run
     from paramgolf.runner.summary import summary_text
@@ -205,7 +205,7 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         if hasattr(error, "format_message"):  # a usage error of the command-line library
             hint = getattr(getattr(error, "ctx", None), "command_path", "golf")
-            return _fail(f"{error.format_message()}; see `{hint} --help`", 2)
+            return _fail(f"{error.format_message().rstrip('.')}; see `{hint} --help`", 2)
         if type(error).__name__ == "Abort":
             return _fail("aborted", 130)
         raise

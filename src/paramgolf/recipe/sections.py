@@ -18,6 +18,7 @@ Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Rate = Annotated[float, Field(ge=0, le=1e30)]  # of learning; its product with a stage's factor must be a float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,10 +60,10 @@ class ModelSection:
 class OptimSection:
     __pydantic_config__ = STRICT
     matrix: str = "muon"  # a name of optim.MATRIX_OPTIMIZERS
-    matrix_lr: NonNegative = 0.04
-    scalar_lr: NonNegative = 0.04
-    embed_lr: NonNegative = 0.05
-    head_lr: NonNegative = 0.008  # untied head only
+    matrix_lr: Rate = 0.04
+    scalar_lr: Rate = 0.04
+    embed_lr: Rate = 0.05
+    head_lr: Rate = 0.008  # untied head only
     momentum: Fraction = 0.95
     nesterov: bool = True
     ns_steps: Positive = 5
@@ -159,7 +160,7 @@ class QuantSection:
     qat_start: Fraction = 0.0  # fraction of the budget at which QAT switches on
     post_qat: str = ""  # post-training QAT phase over all large matrices (PR 107): as `qat`; "" = none
     post_qat_frac: Fraction = 0.05  # fraction of the budget given to that phase
-    post_qat_lr: NonNegative = 1e-3
+    post_qat_lr: Rate = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,7 +201,7 @@ class StageSection:
     at: Fraction = 0.0
     batch_tokens: Count = 0  # 0 = as before
     seq_len: Count = 0
-    lr_mul: NonNegative = 1.0
+    lr_mul: Annotated[float, Field(ge=0, le=1e6)] = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)

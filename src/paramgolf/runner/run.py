@@ -73,6 +73,7 @@ def run(
     recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, train=claimed["train"]))
     finished = folder.read_record() if resume else None
     if finished is not None:
+        Phases(quiet=not dist.is_main).note(f"{folder.root} holds a finished run: nothing to do")
         return finished if dist.is_main else None
     try:
         record = _work(recipe, folder, dist, clock, resume)
