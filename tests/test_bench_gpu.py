@@ -31,6 +31,7 @@ from paramgolf.recipe.fromenv import from_variables
 from paramgolf.recipe.load import load_recipe
 from paramgolf.recipe.sections import DataSection
 
+ON_CPU = ("train.device=cpu", "train.compile=off")
 ROOT = Path(__file__).resolve().parents[1]
 # Written for this test in the format of the scripts' own messages.
 LOG = """\
@@ -176,12 +177,16 @@ def test_each_change_of_the_run_is_stated_once(shards: Path) -> None:
     assert "POST_QAT_SECONDS" not in variables("pr128", shards, seconds=60, seed=7, log_every=10)
 
 
-def test_our_side_is_a_run_of_the_recipe(shards: Path, tmp_path: Path) -> None:
+def small(shards: Path) -> dict[str, str]:
+    """Pull request 114 as four steps of a very small model."""
     env = variables("pr114", shards, seconds=600, seed=1337, log_every=1)
     env |= {"ITERATIONS": "4", "NUM_LAYERS": "2", "MODEL_DIM": "32", "NUM_HEADS": "2", "NUM_KV_HEADS": "1"}
     env |= {"MLP_HIDDEN": "32", "TRAIN_SEQ_LEN": "64", "EVAL_SEQ_LEN": "64", "TRAIN_BATCH_TOKENS": "512"}
-    env |= {"EVAL_STRIDE": "32", "WARMUP_STEPS": "1"}
-    side = run_recipe("pr114", env, tmp_path, 300, ["train.device=cpu", "train.compile=off"])
+    return env | {"EVAL_STRIDE": "32", "WARMUP_STEPS": "1"}
+
+
+def test_our_side_is_a_run_of_the_recipe(shards: Path, tmp_path: Path) -> None:
+    side = run_recipe("pr114", small(shards), tmp_path, 300, ON_CPU)
     assert side["problem"] == ""
     assert side["steps"] == 4
     assert sorted(side["curve"]) == [1, 2, 3, 4]
@@ -194,6 +199,23 @@ def test_our_side_is_a_run_of_the_recipe(shards: Path, tmp_path: Path) -> None:
     assert lines[1].startswith("pr114         ours")
     assert "3.2100" in lines[2]
     assert "stopped after 5 s" in lines[3]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["pr107", "pr114", "pr128", "pr137-script"])
+def test_a_gpu_run_follows_the_cpu_run(name: str, shards: Path, tmp_path: Path) -> None:
+    """Compiled, in bfloat16, every kind of recipe: the losses of the float32 CPU run to rounding, no recompilation."""
+    env = small(shards)
+    gpu = run_recipe(name, env, tmp_path, 280, ["train.device=cuda"])
+    cpu = run_recipe(name, env, tmp_path, 280, [*ON_CPU, "train.dtype=float32"])
+    assert (gpu["problem"], cpu["problem"]) == ("", "")
+    assert gpu["training"]["compiled"]["enabled"]
+    assert gpu["training"]["recompiles"] == 0
+    assert gpu["training"]["dtype"] == "bfloat16"
+    for step, loss in cpu["curve"].items():
+        assert gpu["curve"][step] == pytest.approx(loss, abs=0.05)
+    assert gpu["val_bpb"] == pytest.approx(cpu["val_bpb"], abs=0.05)
 
 
 def test_a_script_is_run_read_and_stopped(tmp_path: Path) -> None:
