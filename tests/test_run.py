@@ -119,7 +119,7 @@ def test_command_line(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog.\n" * 20)
     scored = golf("score", str(out), "--data", str(text), "--json")
-    assert json.loads(scored.stdout)["scored_bytes"] == len(text.read_bytes()) - 1  # the final newline ends the file
+    assert json.loads(scored.stdout)["scored_bytes"] == len(text.read_bytes())
     sampled = golf("sample", str(out), "def ", "--tokens", "8", "--seed", "3", "--json")
     assert json.loads(sampled.stdout)["prompt"] == "def "
     inspected = json.loads(golf("inspect", str(out), "--json").stdout)
