@@ -22,6 +22,7 @@ KINDS = {
     "C_fullsize": "c_fullsize",
     "D_eval": "d_eval",
     "D_prefix": "d_prefix",
+    "D_quant": "frontier_d_quant",
     "E_schedule": "e_schedule",
     "F_loader": "f_loader",
     "G_trajectory": "g_trajectory",

@@ -48,7 +48,10 @@ def export(
             out.append(_kept(name, weight.float(), stores[name].name))
         else:
             hessian = (hessians or {}).get(name)
-            codes, scale = quantize(weight.float(), grids[stores[name].name], hessian)
+            try:
+                codes, scale = quantize(weight.float(), grids[stores[name].name], hessian)
+            except GolfError as error:
+                raise GolfError(f"tensor {name}: {error}") from None
             out.append(_quantised(name, stores[name], codes, scale))
     return out
 

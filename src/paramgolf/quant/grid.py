@@ -94,6 +94,10 @@ class Grid:
             clip = peak
         return self._scale_of(clip)
 
+    def row_scale(self, rows_RC: Tensor) -> Tensor:
+        """float32 scale_R1 of matrix rows exactly as the stored type holds it; 0 where it underflows."""
+        return self._stored(self.choose_scale(rows_RC)[0])
+
     def _scale_of(self, clip_R1: Tensor) -> tuple[Tensor, Tensor]:
         """(scale, clip) after the lower bounds of the section; scale 1 where there is nothing to represent."""
         s = self.section

@@ -9,4 +9,12 @@ from __future__ import annotations
 
 from paramgolf.registry import Registry
 
-QUANTIZERS = Registry("quantizer", {"rtn": "paramgolf.quant.rtn:quantize"})
+QUANTIZERS = Registry(
+    "quantizer",
+    {
+        "rtn": "paramgolf.quant.rtn:quantize",
+        "percentile": "paramgolf.quant.percentile:quantize",
+        "gptq": "paramgolf.quant.gptq:quantize",
+    },
+)
+CALIBRATED = frozenset({"gptq"})  # those that use Hessians: a run collects them on training text before it packs

@@ -1,0 +1,112 @@
+"""Part D of the frontier set, the quantisers: GPTQ, SD-clip, int8 gates, the percentile search.
+
+The file's other arrays belong to components that the package does not have and are not looked at: LQER packing, the
+similarity order of rows, byte shuffling and the streams of the archive.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from paramgolf.quant import gptq, percentile
+from paramgolf.quant.gptq import weighted_error
+from paramgolf.quant.grid import Grid
+from paramgolf.recipe.sections import GridSection
+from tests.parity.c_quant import array
+from tests.parity.harness import Check, exact
+
+DIFFERENT = 1e-3  # share of GPTQ codes that may differ, each by 1
+ERROR = 1e-3  # relative, of the Hessian-weighted error
+_CASE = re.compile(r"^gptq/([^/]+)/k([\d.]+)_r(\d+)/q$")
+
+
+def check(path: Path, z: Any) -> list[Check]:
+    checks: list[Check] = []
+    for key in z.files:
+        if case := _CASE.match(key):
+            checks += check_gptq(z, key.removesuffix("/q"), case[1], float(case[2]), int(case[3]))
+    checks += check_pathological(z) + check_sdclip(z) + check_gate(z)
+    for name in (key.removeprefix("percentile/in/") for key in z.files if key.startswith("percentile/in/")):
+        checks += check_percentile(z, name)
+    return checks
+
+
+def sdclip(k: float, largest: int) -> Grid:
+    return Grid(GridSection(bits=(largest + 1).bit_length(), clip="sdclip", clip_value=k))
+
+
+def ulps(name: str, ours: torch.Tensor, theirs: torch.Tensor) -> Check:
+    """Largest distance of float16 scales in steps of the type; one is allowed."""
+    steps = ours.view(torch.int16).int() - theirs.view(torch.int16).int()
+    return Check(name, float(steps.abs().max()), 1.0)
+
+
+def check_gptq(z: Any, prefix: str, tag: str, k: float, largest: int) -> list[Check]:
+    """Codes where the scale is bit for bit theirs (all but one row in some thousand), and the error they leave."""
+    weight, hessian = array(z, f"gptq/{tag}/W"), array(z, f"gptq/{tag}/H")
+    their_codes, their_scale = array(z, f"{prefix}/q"), array(z, f"{prefix}/scale")
+    grid = sdclip(k, largest)
+    codes, scale = gptq.quantize(weight, grid, hessian)
+    same = scale == their_scale
+    apart = (codes.int() - their_codes.int()).abs()[same]
+    theirs, plain = z[f"{prefix}/hessian_error_gptq_and_plain"]
+    error = weighted_error(weight.double(), grid.dequantize(codes, scale), hessian)
+    rounded = weighted_error(weight.double(), grid.dequantize(*grid.quantize(weight)), hessian)
+    return [
+        ulps(f"{prefix} scale", scale, their_scale),
+        Check(f"{prefix} rows with other scales", float((~same).double().mean()), 0.05),
+        Check(f"{prefix} codes", float((apart != 0).double().mean()), DIFFERENT),
+        Check(f"{prefix} distance of codes", float(apart.max()), 1.0),
+        Check(f"{prefix} weighted error", abs(error / theirs - 1), ERROR),
+        Check(f"{prefix} weighted error of plain rounding", abs(rounded / plain - 1), ERROR),
+    ]
+
+
+def check_pathological(z: Any) -> list[Check]:
+    """Rows of zeros, of one value and of tiny values beside plain ones. Where the scripts' scale underflows they store
+
+    zeros; ours may not be further from the weights than that."""
+    weight, hessian = array(z, "gptq_pathological/W"), array(z, "gptq_pathological/H")
+    their_codes, their_scale = array(z, "gptq_pathological/q"), array(z, "gptq_pathological/scale")
+    grid = sdclip(12.85, 31)
+    codes, scale = gptq.quantize(weight, grid, hessian)
+    plain = their_scale != 0
+    left = (grid.dequantize(codes, scale) - weight).square().sum(-1)[~plain]
+    excess = left - weight.square().sum(-1)[~plain]
+    return [
+        ulps("pathological scale", scale[plain], their_scale[plain]),
+        exact("pathological codes", codes[plain], their_codes[plain]),
+        Check("pathological rows against zeros", float(excess.max()), 1e-12),
+    ]
+
+
+def check_sdclip(z: Any) -> list[Check]:
+    """The scale is k x the row's unbiased deviation over the largest code."""
+    expected = 12.85 * z["sdclip/row_std_unbiased"].astype(np.float64) / 31
+    scale = sdclip(12.85, 31).quantize(array(z, "sdclip/W"))[1]
+    return [ulps("sdclip scale", scale, torch.from_numpy(expected).half())]
+
+
+def check_gate(z: Any) -> list[Check]:
+    """Where the scripts' scale underflows to zero all decodes to zero, and their codes are platform noise."""
+    codes, scale = Grid(GridSection(bits=8, eps=1e-10)).quantize(array(z, "gate_int8/w"))
+    their_scale = array(z, "gate_int8/scale")
+    alive = their_scale != 0
+    return [
+        exact("gate scale", scale, their_scale),
+        exact("gate codes", codes[alive], array(z, "gate_int8/q")[alive]),
+    ]
+
+
+def check_percentile(z: Any, name: str) -> list[Check]:
+    grid = Grid(GridSection(bits=6, floor=1 / 31))
+    codes, scale = percentile.quantize(array(z, f"percentile/in/{name}"), grid)
+    return [
+        exact(f"percentile scale {name}", scale, z[f"percentile/scale/{name}"]),
+        exact(f"percentile codes {name}", codes, z[f"percentile/q/{name}"]),
+    ]
