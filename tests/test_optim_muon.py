@@ -110,11 +110,11 @@ class Naive:
         update = (1 - mu if published else 1) * grad + mu * self.buffer
         if not self.section.nesterov:
             update = self.buffer
-        polar = self.kind == "muoneq_r"
-        if polar:
+        polar = self.kind in ("muoneq_r", "muoneq_r_pr1855")
+        if self.kind.startswith("muoneq_r"):
             update = update / update.norm(dim=1, keepdim=True).clamp_min(1e-7)
         table = ns.schedule_of(ns.POLAR_EXPRESS if polar else ns.QUINTIC, self.section.ns_steps)
-        update = self.normalise(naive_orthogonalize(update, table, 1.02 if polar else 1.0), mu)
+        update = self.normalise(naive_orthogonalize(update, table, 1.02 if self.kind == "muoneq_r" else 1.0), mu)
         rows, cols = update.shape
         self.param = self.param * (1 - lr * self.section.weight_decay)
         self.param = self.param - lr * math.sqrt(max(1.0, rows / cols)) * update

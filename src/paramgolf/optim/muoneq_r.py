@@ -22,3 +22,15 @@ class MuonEqR(Muon):
     def direction(self, grads: Tensor, state: State, momentum: float) -> Tensor:
         update = super().direction(grads, state, momentum)
         return update / torch.linalg.vector_norm(update, dim=-1, keepdim=True).clamp_min(ROW_FLOOR)
+
+
+class MuonEqRPR1855(MuonEqR):
+    """As the 1.0611 record's script has it: no room for overshoot before the iterations."""
+
+    safety = 1.0
+
+
+class MuonEqRPR1394(MuonEqRPR1855):
+    """As the 1.0856 record's script has it: Muon's fixed coefficients after the row norms."""
+
+    coefficients = ns.QUINTIC

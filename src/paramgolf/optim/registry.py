@@ -9,6 +9,8 @@ MATRIX_OPTIMIZERS = Registry(
     {
         "muon": "paramgolf.optim.muon:Muon",
         "muoneq_r": "paramgolf.optim.muoneq_r:MuonEqR",
+        "muoneq_r_pr1394": "paramgolf.optim.muoneq_r:MuonEqRPR1394",
+        "muoneq_r_pr1855": "paramgolf.optim.muoneq_r:MuonEqRPR1855",
         "normuon": "paramgolf.optim.normuon:NorMuon",
         "normuon_pr137": "paramgolf.optim.normuon_pr137:NorMuonPR137",
     },

@@ -1,0 +1,44 @@
+"""Learning-rate multiplier and momentum of the fraction rule with a floor."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from paramgolf.optim import schedule
+from paramgolf.recipe.sections import ScheduleSection
+from tests.parity.harness import Check, worst
+
+TOLERANCE = 1e-12
+
+
+def check_variant(variant: str, z: Any) -> list[Check]:
+    hyper = json.loads(str(z[f"{variant}/hyper_json"]))
+    section = ScheduleSection(
+        warmdown_frac=hyper["warmdown_frac"],
+        warmdown_iters=0,
+        min_lr=hyper["min_lr"],
+        momentum_warmup_start=hyper["muon_momentum_warmup_start"],
+        momentum_warmup_steps=hyper["muon_momentum_warmup_steps"],
+    )
+    cap = max(float(z[f"{variant}/effective_ms"]), 0.0) / 1000
+    steps = z["steps"].tolist()
+    if cap:
+        stored = "lr_mul"
+        factors = [
+            schedule.lr_mul(section, step=0, elapsed=ms / 1000, budget_seconds=cap) for ms in z["elapsed_ms"].tolist()
+        ]
+    else:
+        stored = "lr_mul_by_step"
+        factors = [schedule.lr_mul(section, step=int(step), budget_steps=hyper["iterations"]) for step in steps]
+    momenta = [schedule.momentum(section, float(hyper["muon_momentum"]), step=int(step)) for step in steps]
+    return [
+        worst(f"{variant} lr_mul", factors, z[f"{variant}/{stored}"], TOLERANCE),
+        worst(f"{variant} momentum", momenta, z[f"{variant}/momentum_by_step"], TOLERANCE),
+    ]
+
+
+def check(path: Path, z: Any) -> list[Check]:
+    variants = [key.removesuffix("/hyper_json") for key in z.files if key.endswith("/hyper_json")]
+    return [c for variant in variants for c in check_variant(variant, z)]
