@@ -18,6 +18,8 @@ from torch import Tensor
 
 from paramgolf.errors import GolfError
 
+# Newer versions of torch have renamed it and warn about the old name.
+_all_gather = getattr(torch_dist, "all_gather_single", None) or torch_dist.all_gather_into_tensor
 # One rank may quantise, pack or prove for long while the others wait; a rank that dies is noticed at once anyway.
 TIMEOUT = timedelta(hours=2)
 
@@ -76,7 +78,7 @@ class Dist:
     def all_gather_into(self, out: Tensor, tensor: Tensor) -> Tensor:
         """`out` (world, *tensor.shape), contiguous, receives every rank's `tensor`; returns it."""
         if self.world > 1:
-            torch_dist.all_gather_into_tensor(out.view(self.world * tensor.numel()), tensor.reshape(-1))
+            _all_gather(out.view(self.world * tensor.numel()), tensor.reshape(-1))
         else:
             out.copy_(tensor.reshape(out.shape))
         return out
