@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +15,7 @@ from paramgolf.runner.record import SEAL, seal
 from paramgolf.runner.run import run
 from paramgolf.runner.summary import summary_text
 from paramgolf.train.clock import Clock
-
-TINY = [
-    "data.vocab_size=512", "data.tokenizer_text_bytes=200000", "data.val_max_bytes=20000",
-    "model.dim=32", "model.num_layers=4", "model.num_heads=4", "model.num_kv_heads=2", "model.mlp_hidden=48",
-    "train.seq_len=64", "train.batch_tokens=512", "train.compile=off", "train.log_every=1",
-    "schedule.warmup_steps=1", "budget.seconds=0", "budget.steps=6",
-]  # fmt: skip
-
-
-@pytest.fixture(scope="session", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """One data cache for all tests of all workers, so that the corpus is tokenised once."""
-    os.environ.setdefault("PARAMGOLF_CACHE", str(tmp_path_factory.getbasetemp().parent / "cache"))
+from tests.run_common import TINY, error_line, golf, golf_here
 
 
 def tiny(name: str, *more: str) -> Any:
@@ -105,34 +90,25 @@ def test_bad_input_is_one_line_and_leaves_nothing(overrides: list[str], words: l
     assert not (tmp_path / "run" / "model.golf").exists()
 
 
-def golf(*arguments: str, **kwargs: Any) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "paramgolf", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, **kwargs)
-
-
-def test_command_line(tmp_path: Path) -> None:
+def test_command_line(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     out = tmp_path / "run"
-    answer = golf("run", "pocket", *TINY, "--out", str(out), "--json")
-    assert answer.returncode == 0, answer.stderr
-    record = json.loads(answer.stdout)  # stdout holds exactly one object
+    answer = golf("run", "pocket", *TINY, "--out", out, "--json")
+    assert answer.code == 0, answer.err
+    record = json.loads(answer.out)  # stdout holds exactly one object
     assert record["recipe"] == "pocket"
     text = tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog.\n" * 20)
-    scored = golf("score", str(out), "--data", str(text), "--json")
-    assert json.loads(scored.stdout)["scored_bytes"] == len(text.read_bytes())
-    sampled = golf("sample", str(out), "def ", "--tokens", "8", "--seed", "3", "--json")
-    assert json.loads(sampled.stdout)["prompt"] == "def "
-    inspected = json.loads(golf("inspect", str(out), "--json").stdout)
+    scored = golf_here(capfd, "score", out, "--data", text, "--json")
+    assert json.loads(scored.out)["scored_bytes"] == len(text.read_bytes()) - 1  # the final newline ends the file
+    sampled = golf_here(capfd, "sample", out, "def ", "--tokens", "8", "--seed", "3", "--json")
+    assert json.loads(sampled.out)["prompt"] == "def "
+    inspected = json.loads(golf_here(capfd, "inspect", out, "--json").out)
     assert sum(inspected["ledger"].values()) == inspected["bytes"]
-    assert golf("run", "pocket", *TINY, "--out", str(out), "--resume").returncode == 0
 
 
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["run", "pokcet"],
-        ["run", "pocket", "model.dmi=3"],
-        ["run", "pocket", "--no-such-option"],
         ["fly"],
         ["score", "/no/such/model.golf", "--data", "x"],
         ["inspect", "/etc/hostname"],
@@ -140,9 +116,6 @@ def test_command_line(tmp_path: Path) -> None:
         ["recipes", "nothing"],
     ],
 )
-def test_errors_are_one_line_and_code_2(arguments: list[str]) -> None:
-    answer = golf(*arguments)
-    assert answer.returncode == 2
-    assert answer.stdout == ""
-    assert answer.stderr.startswith("golf: error: ")
-    assert answer.stderr.count("\n") == 1
+def test_errors_are_one_line_and_code_2(capfd: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    answer = golf_here(capfd, *arguments)
+    assert error_line(answer) and answer.err.count("\n") == 1

@@ -202,7 +202,7 @@ class Job:
 
     def score_floats(self, model: GPT) -> Score:
         """The trained weights before quantisation, on the windows of the standard score."""
-        with self.clock.phase("score", outside=True):
+        with self.clock.phase("score_floats", outside=True):
             return self._score(model, "scoring the trained weights", stride=0)
 
     def pack(self, trained: TrainOutput) -> Ledger:
@@ -231,12 +231,15 @@ class Job:
 
     def _score(self, model: GPT, what: str, *, stride: int) -> Score:
         section, data = self.recipe.score, self.dataset
+        limit, used = self.recipe.budget.eval_seconds, self.clock.phases().get("score")
+        if limit:  # one budget for all scores of the file; the trained weights' score is a diagnosis beside it
+            limit = 0.0 if used is None else max(1e-3, limit - used)
         with self.phases.of(what) as progress:
             return score(
                 model, data.val_tokens(), token_bytes=data.tokenizer.token_bytes, true_bytes=data.val_bytes,
                 seq_len=section.seq_len or self.recipe.train.seq_len, stride=stride, batch_tokens=section.batch_tokens,
                 dist=self.dist, windows=section.windows, lane_count=section.lanes,
-                limit_seconds=self.recipe.budget.eval_seconds, progress=progress,
+                limit_seconds=limit, progress=progress,
             )  # fmt: skip
 
     def conclude(self, trained: TrainOutput, floats: Score, ledger: Ledger, results: dict[str, Any]) -> dict[str, Any]:
