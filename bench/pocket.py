@@ -23,7 +23,7 @@ LADDER = {
     "+ sliding score": ["score.stride=64"],
     "+ vocabulary 4,096": ["data.vocab_size=4096"],
     "+ optimizer and schedule": [
-        "optim.matrix_lr=0.02", "optim.scalar_lr=0.03", "optim.embed_lr=0.04", "schedule.warmdown_frac=0.6",
+        "optim.matrix_lr=0.016", "optim.scalar_lr=0.03", "optim.embed_lr=0.03", "schedule.warmdown_frac=0.6",
         "schedule.momentum_warmup_steps=100", "train.batch_tokens=4096", "train.seq_len=256", "average.kind=ema",
         "average.decay=0.98",
     ],
