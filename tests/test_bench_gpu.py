@@ -214,8 +214,8 @@ def test_a_gpu_run_follows_the_cpu_run(name: str, shards: Path, tmp_path: Path) 
     assert gpu["training"]["recompiles"] == 0
     assert gpu["training"]["dtype"] == "bfloat16"
     for step, loss in cpu["curve"].items():
-        assert gpu["curve"][step] == pytest.approx(loss, abs=0.05)
-    assert gpu["val_bpb"] == pytest.approx(cpu["val_bpb"], abs=0.05)
+        assert gpu["curve"][step] == pytest.approx(loss, abs=0.02)
+    assert gpu["val_bpb"] == pytest.approx(cpu["val_bpb"], abs=0.02)
 
 
 def test_a_script_is_run_read_and_stopped(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.train_cpu import VARIANTS, bench_recipe, flops_a_token, peak_flops, table, train, verdict
+from bench.train_cpu import VARIANTS, bench_recipe, better, flops_a_token, peak_flops, table, train, verdict
 from paramgolf.model.gpt import GPT
 from paramgolf.recipe.load import load_recipe
 
@@ -76,3 +76,10 @@ def test_the_table_says_what_is_missing_and_whether_targets_are_met() -> None:
     assert verdict([row("recipe", 1000, 0.44, 1.4)]).endswith("MISSED")
     assert verdict([row("recipe", 1000, 0.5, 1.2)]).endswith("MISSED")
     assert "not judged" in verdict([row("eager", 1000, 0.5, 1.0)])
+
+
+def test_the_best_round_of_a_row_counts_with_its_first_cold_start() -> None:
+    slow, fast = row("recipe", 1000, 0.5, 1.4) | {"cold_seconds": 4.0}, row("recipe", 2000, 0.5, 1.4)
+    assert better(None, slow) == slow
+    assert better(slow, fast) == fast | {"cold_seconds": 4.0}
+    assert better(fast, slow) == fast
