@@ -99,7 +99,7 @@ def test_command_line(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None
     text = tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog.\n" * 20)
     scored = golf_here(capfd, "score", out, "--data", text, "--json")
-    assert json.loads(scored.out)["scored_bytes"] == len(text.read_bytes()) - 1  # the final newline ends the file
+    assert json.loads(scored.out)["scored_bytes"] == len(text.read_bytes())
     sampled = golf_here(capfd, "sample", out, "def ", "--tokens", "8", "--seed", "3", "--json")
     assert json.loads(sampled.out)["prompt"] == "def "
     inspected = json.loads(golf_here(capfd, "inspect", out, "--json").out)
