@@ -17,6 +17,7 @@ import typer
 
 from paramgolf import __version__
 from paramgolf.cli_data import app as data_app
+from paramgolf.cli_lab import app as lab_app
 from paramgolf.errors import GolfError, on_every_rank
 
 app = typer.Typer(
@@ -27,6 +28,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(data_app, name="data")
+app.add_typer(lab_app)
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, e.g. model.mlp_hidden=1488")]

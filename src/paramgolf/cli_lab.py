@@ -1,0 +1,41 @@
+"""`golf verify`, `golf runs`, `golf compare`: what to make of runs that are there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from paramgolf.errors import CheckFailed
+
+app = typer.Typer()
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
+
+
+def _emit(result: dict[str, Any], as_json: bool, text: str) -> None:
+    typer.echo(json.dumps(result, indent=2) if as_json else text)
+
+
+@app.command("verify", epilog="Example: golf verify runs/pocket-1 --score")
+def verify_command(
+    run: Annotated[Path, typer.Argument(help="The folder of a finished run.")],
+    score: Annotated[bool, typer.Option("--score", help="Also measure the score of model.golf again.")] = False,
+    data: Annotated[
+        str, typer.Option(help="Prepared folder or shards with the validation text. Default: the data cache.")
+    ] = "",
+    source: Annotated[
+        bool, typer.Option("--source", help="Fail if the installed code is not the code of the run.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Recompute seal, hashes, sizes, ledger and counts of a run; exit code 1 names every mismatch."""
+    from paramgolf.lab.verify import findings_text, verify
+
+    findings = verify(run, score=score, data=data or None, source=source)
+    _emit(findings.as_dict(), as_json, findings_text(findings))
+    if findings.mismatches:
+        names = ", ".join(check.name for check in findings.mismatches)
+        raise CheckFailed(f"{findings.run} does not agree with its record: {names}")
