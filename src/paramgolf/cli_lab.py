@@ -39,3 +39,23 @@ def verify_command(
     if findings.mismatches:
         names = ", ".join(check.name for check in findings.mismatches)
         raise CheckFailed(f"{findings.run} does not agree with its record: {names}")
+
+
+@app.command("runs", epilog="Example: golf runs --filter recipe=pocket --filter 'val_bpb<2.2' --sort val_bpb")
+def runs_command(
+    root: Annotated[Path, typer.Option(help="The folder that holds the run folders.")] = Path("runs"),
+    filters: Annotated[
+        list[str] | None, typer.Option("--filter", help="key=value, also != < <= > >= and '*'; may be repeated.")
+    ] = None,
+    sort: Annotated[str, typer.Option(help="A key of the records, e.g. val_bpb. Default: when finished.")] = "",
+    reverse: Annotated[bool, typer.Option("--reverse", help="The other way round.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """List finished runs: filtered and sorted by any key of their records."""
+    from paramgolf.lab.store import index_runs, runs_text, select
+
+    runs, problems = index_runs(root)
+    for problem in problems:
+        typer.echo(f"note: left out: {problem}", err=True)
+    chosen = select(runs, list(filters or []), sort, reverse=reverse)
+    _emit({"runs": chosen}, as_json, runs_text(chosen))
