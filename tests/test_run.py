@@ -39,7 +39,8 @@ def test_recipe_runs_the_whole_job(name: str, tmp_path: Path) -> None:
     assert record[SEAL] == seal(record)[SEAL]
     on_disk = json.loads((tmp_path / "run" / "record.json").read_text())
     assert on_disk == record
-    assert "the file" in summary_text(record)
+    shown = summary_text(record)
+    assert f"{record['val_bpb']:.4f}" in shown and f"{record['total_bytes']:,}" in shown and "report.html" in shown
     html = (tmp_path / "run" / "report.html").read_text()
     assert "<svg" in html
     assert not re.search(r"<script|<link|(src|href)=.https?:|@import|url\(http", html)  # self-contained

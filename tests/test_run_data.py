@@ -56,7 +56,11 @@ def test_a_folder_with_validation_text(capfd: CapFd, tmp_path: Path) -> None:
     assert record["scored_bytes"] == 3000
     data = record["data"]
     assert isinstance(data, dict)
-    assert data["train"]["documents"] == 2 and data["train"]["bytes"] == 40_000 and data["skipped_files"] == ["picture.png"]
+    assert (
+        data["train"]["documents"] == 2
+        and data["train"]["bytes"] == 40_000
+        and data["skipped_files"] == ["picture.png"]
+    )
 
 
 def test_jsonl_with_a_field_of_its_own(capfd: CapFd, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from paramgolf.files import atomic_write
 from paramgolf.runner.folder import RunFolder
+from paramgolf.runner.summary import score_rows, seconds_rows
 
 
 def write_report(folder: RunFolder, record: dict[str, Any], title: str) -> None:
@@ -24,7 +25,7 @@ def write_report(folder: RunFolder, record: dict[str, Any], title: str) -> None:
         coders=_coders(record),
         loss_svg=loss_svg(read_log(folder.log)),
         ledger=_ledger(record["ledger"], record["artifact_bytes"]),
-        seconds=[(name, f"{value:.1f}") for name, value in record["seconds"].items()],
+        seconds=seconds_rows(record),
         causes=_causes(record),
     )
     atomic_write(folder.report, html.encode())
@@ -65,12 +66,8 @@ def loss_svg(rows: list[dict[str, Any]]) -> str:
 
 
 def _headline(record: dict[str, Any]) -> list[tuple[str, str]]:
-    rows = [
-        ("val_bpb before quantisation", f"{record['val_bpb_float']:.4f}"),
-        ("val_bpb of the file", f"{record['val_bpb']:.4f}"),
-    ]
-    if record.get("val_bpb_sliding") is not None:
-        rows.append((f"val_bpb of the file, sliding (stride {record['stride']})", f"{record['val_bpb_sliding']:.4f}"))
+    ours = len(score_rows(record)) - len(record["peers"])
+    rows = [(f"{name}: bits per byte", f"{value:.4f}") for name, value in score_rows(record)[:ours]]
     cap = record["cap_bytes"]
     rows += [
         ("size of model.golf", f"{record['artifact_bytes']:,} bytes"),

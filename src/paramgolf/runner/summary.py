@@ -4,51 +4,84 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+# What each clock and phase of a record measures, in words.
+SECONDS = {
+    "strict": "counted by the budget",
+    "challenge": "by the challenge's clock, from the first step on",
+    "process": "everything, from the start of the process",
+    "data": "preparing the data",
+    "kernels": "building kernels",
+    "compile": "compiling",
+    "warmup": "warming up",
+    "train": "training",
+    "average": "averaging weights",
+    "post_qat": "training on the quantisation grid",
+    "checkpoint": "writing checkpoints",
+    "calibrate": "calibrating",
+    "pack": "quantising and coding",
+    "read": "reading the file back",
+    "score": "scoring",
+    "peers": "other compressors",
+}
 
 
-def table_text(rows: Iterable[Sequence[str]], header: Sequence[str] = (), title: str = "") -> str:
-    """A borderless table: the first column left, the others right."""
+def table_text(rows: Iterable[Sequence[str]], header: Sequence[str] = (), title: str = "", numbers: bool = True) -> str:
+    """A borderless table: the first column left, the others right (left if they are not `numbers`)."""
     table = Table(box=None, show_header=bool(header), pad_edge=False)
     rows = [list(row) for row in rows]
     for i in range(max((len(row) for row in rows), default=len(header))):
-        table.add_column(header[i] if i < len(header) else "", justify="left" if i == 0 else "right", no_wrap=True)
+        justify: Literal["left", "right"] = "right" if i and numbers else "left"
+        table.add_column(header[i] if i < len(header) else "", justify=justify, no_wrap=True)
     for row in rows:
-        table.add_row(*row)
-    console = Console(width=200, no_color=True, highlight=False, legacy_windows=False)
+        table.add_row(*map(Text, row))  # no markup: a path may hold brackets
+    console = Console(width=1000, no_color=True, highlight=False, legacy_windows=False)
     with console.capture() as capture:
         console.print(table)
     lines = [line.rstrip() for line in capture.get().rstrip("\n").splitlines()]
     return "\n".join([title, *(f"  {line}" for line in lines)] if title else lines)
 
 
-def summary_text(record: dict[str, Any]) -> str:
-    """The table at the end of `golf run`: size, score, peers, time, paths."""
-    cap = record["cap_bytes"]
-    size = f"{record['total_bytes']:,}" + (f" of {cap:,} ({100 * record['total_bytes'] / cap:.2f} %)" if cap else "")
-    score = [
-        ("before quantisation", f"{record['val_bpb_float']:.4f}"),
-        ("the file", f"{record['val_bpb']:.4f}"),
-    ]
+def score_rows(record: dict[str, Any]) -> list[tuple[str, float]]:
+    """What was scored and its bits per byte: the file, the weights before quantisation, other compressors."""
+    rows = [("model.golf", record["val_bpb"])]
     if record.get("val_bpb_sliding") is not None:
-        score.append((f"the file, sliding (stride {record['stride']})", f"{record['val_bpb_sliding']:.4f}"))
-    score += [(name, f"{peer['bpb']:.4f}") for name, peer in record["peers"].items()]
-    seconds = [(name, f"{value:.1f}") for name, value in record["seconds"].items()]
-    size_rows = [("bytes against the cap", size)]
-    size_rows += [(f"  {name}", f"{count:,}") for name, count in record["ledger"].items() if count]
+        name = f"model.golf, windows sliding by {record['stride']} tokens"
+        rows = [(name, record["val_bpb_sliding"]), ("model.golf, windows side by side", record["val_bpb"])]
+    rows.append(("the weights before quantisation", record["val_bpb_float"]))
+    return rows + [(f"{name}, for comparison", peer["bpb"]) for name, peer in record["peers"].items()]
+
+
+def seconds_rows(record: dict[str, Any]) -> list[tuple[str, str]]:
+    """Every clock and phase that took noticeable time."""
+    rows = [(SECONDS.get(name, name), f"{value:.1f}") for name, value in record["seconds"].items() if value >= 0.05]
+    return rows or [("everything", "0.0")]
+
+
+def summary_text(record: dict[str, Any]) -> str:
+    """The tables at the end of `golf run`: score beside other compressors, size, time, and where things are."""
+    cap, counted = record["cap_bytes"], record["total_bytes"]
+    size = f"{record['artifact_bytes']:,} bytes in model.golf"
+    size += f", {counted:,} of them counted" if counted != record["artifact_bytes"] else ""
+    size += f" ({100 * counted / cap:.2f} % of the cap of {cap:,})" if cap else ""
+    score = [(name, f"{value:.4f}") for name, value in score_rows(record)]
+    largest = sorted(record["ledger"].items(), key=lambda item: -item[1])
+    sizes = [(name, f"{count:,}") for name, count in largest if count]
+    scored = f"{record['scored_bytes']:,} bytes of validation text"
+    head = f"{record['recipe']}: {record['params']:,} parameters, {record['steps']:,} steps"
+    where = [("artifact", record["paths"]["artifact"]), ("report", record["paths"]["report"])]
     return "\n\n".join(
         [
-            table_text(
-                size_rows, title=f"{record['recipe']}: {record['params']:,} parameters, {record['steps']:,} steps"
-            ),
-            table_text(
-                score, title=f"val_bpb, bits per byte over {record['scored_bytes']:,} bytes of text (lower is better)"
-            ),
-            table_text(seconds, title="seconds"),
-            table_text([("artifact", record["paths"]["artifact"]), ("report", record["paths"]["report"])]),
+            f"{head}, {record['train_tokens']:,} tokens",
+            table_text(score, title=f"bits per byte over {scored} (val_bpb; lower is better, unpacked text has 8)"),
+            table_text(sizes, title=size),
+            table_text(seconds_rows(record), title="seconds"),
+            table_text(where, numbers=False),
         ]
     )
 
@@ -85,4 +118,6 @@ def inspect_text(facts: dict[str, Any]) -> str:
         ("sha256", facts["sha256"]),
         ("codec", facts["codec"]),
     ]
-    return "\n\n".join([table_text(head), table_text(model, title="model"), table_text(ledger, title="bytes by group")])
+    return "\n\n".join(
+        [table_text(head, numbers=False), table_text(model, title="model"), table_text(ledger, title="bytes by group")]
+    )
