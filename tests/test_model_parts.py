@@ -53,7 +53,9 @@ class EchoLayer(LayerPart):
     def value(self, v_BTGK: Tensor, n_BTD: Tensor, extras: dict[str, Tensor]) -> Tensor:
         return v_BTGK + (extras["echo"] * self.mix).view(v_BTGK.shape)
 
-    def output(self, y_BTHK: Tensor, v_BTGK: Tensor, n_BTD: Tensor, extras: dict[str, Tensor]) -> Tensor:
+    def output(
+        self, y_BTHK: Tensor, v_BTGK: Tensor, q_BTHK: Tensor, n_BTD: Tensor, extras: dict[str, Tensor]
+    ) -> Tensor:
         unit = F.normalize(v_BTGK, dim=-1).repeat_interleave(y_BTHK.shape[2] // v_BTGK.shape[2], dim=2)
         return y_BTHK - (y_BTHK * unit).sum(-1, keepdim=True) * unit
 

@@ -1,7 +1,7 @@
 """Causal grouped-query attention, and the one door through which its kernel is chosen.
 
 Suffixes: B batch, T query positions, S key positions, D model width, H query heads, G key/value heads, K head width,
-J = K / 2 rotary pairs.
+J rotary pairs (K / 2 unless model.rope_dims says less).
 """
 
 from __future__ import annotations
@@ -83,5 +83,5 @@ class Attention(nn.Module):
         assert self.attend is not None, "GPT.use_attention was not called"
         y_BTHK = self.attend(q, k_BSGK, v_BSGK)
         for name in self.layer_parts:
-            y_BTHK = getattr(self, name).output(y_BTHK, v_BTGK, n_BTD, extras)
+            y_BTHK = getattr(self, name).output(y_BTHK, v_BTGK, q_BTHK, n_BTD, extras)
         return self.proj(y_BTHK.reshape(batch, length, -1))

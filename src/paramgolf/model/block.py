@@ -17,10 +17,11 @@ from paramgolf.recipe.sections import ModelSection
 class Block(nn.Module):
     """x <- m0 x + m1 x0;  x <- x + a attention(rms(x));  x <- x + b mlp(rms(x)), with a, b, m0, m1 learned a channel.
 
-    Nothing in it knows its own index: all blocks of a model run the same compiled graph.
+    With `model.ln_scale` both branch inputs of layer l are divided by sqrt(l + 1). That factor is a tensor, and nothing
+    else in a block depends on its index: all blocks of a model run the same compiled graph.
     """
 
-    def __init__(self, section: ModelSection, activation: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, section: ModelSection, activation: Callable[[Tensor], Tensor], index: int = 0) -> None:
         super().__init__()
         dim = section.dim
         self.norm_eps = section.norm_eps
@@ -28,6 +29,10 @@ class Block(nn.Module):
         self.mlp = MLP(dim, section.mlp_hidden, activation)
         self.attn_scale = nn.Parameter(torch.ones(dim))
         self.mlp_scale = nn.Parameter(torch.ones(dim))
+        self.depth_scale: Tensor | None
+        self.register_buffer(
+            "depth_scale", torch.tensor((index + 1) ** -0.5) if section.ln_scale else None, persistent=False
+        )
         self.resid_mix = nn.Parameter(torch.stack((torch.ones(dim), torch.zeros(dim))))
 
     def forward(
@@ -40,5 +45,10 @@ class Block(nn.Module):
     ) -> Tensor:
         mix_2D = self.resid_mix.to(x_BTD.dtype)
         x = mix_2D[0] * x_BTD + mix_2D[1] * x0_BTD
-        x = x + self.attn_scale.to(x.dtype) * self.attn(rms_norm(x, self.norm_eps), rope, extras, cache)
-        return x + self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(x, self.norm_eps))
+        x = x + self.attn_scale.to(x.dtype) * self.attn(self.normed(x), rope, extras, cache)
+        return x + self.mlp_scale.to(x.dtype) * self.mlp(self.normed(x))
+
+    def normed(self, x_BTD: Tensor) -> Tensor:
+        """What a branch reads."""
+        n_BTD = rms_norm(x_BTD, self.norm_eps)
+        return n_BTD if self.depth_scale is None else n_BTD * self.depth_scale

@@ -50,6 +50,10 @@ def check_section(section: ModelSection) -> None:
             f"model.dim={s.dim} over model.num_heads={s.num_heads} gives heads of {s.dim // s.num_heads} channels; "
             "rotary embedding needs an even number"
         )
+    if s.rope_dims % 2 or s.rope_dims > s.dim // s.num_heads:
+        raise GolfError(
+            f"model.rope_dims={s.rope_dims} must be even and at most the {s.dim // s.num_heads} channels of a head"
+        )
 
 
 class GPT(nn.Module):
@@ -64,12 +68,13 @@ class GPT(nn.Module):
         self.section, self.vocab_size = section, vocab_size
         self.compute_dtype = torch.float32
         self.head_dim = section.dim // section.num_heads
+        self.rope_dims = section.rope_dims or self.head_dim
         # Rotary tables are made for at least this many positions: it matters only where the base depends on the
         # length (rope_ref_len), to score a short window as the long ones that the model was trained on.
         self.context_len = 0
         self.tok_emb = nn.Embedding(vocab_size, section.dim, _weight=torch.zeros(vocab_size, section.dim))
         activation = ACTIVATIONS[section.activation]
-        self.blocks = nn.ModuleList(Block(section, activation) for _ in range(section.num_layers))
+        self.blocks = nn.ModuleList(Block(section, activation, i) for i in range(section.num_layers))
         self.num_encoder = section.num_layers // 2 if section.skips == "unet" else section.num_layers
         skips = min(self.num_encoder, section.num_layers - self.num_encoder)
         self.skip_weights = nn.Parameter(torch.ones(skips, section.dim)) if skips else None
@@ -87,6 +92,9 @@ class GPT(nn.Module):
         names = []
         for name, table in self.section.parts.items():
             kind = PARTS[name]
+            for other in kind.excludes:
+                if other in self.section.parts:
+                    raise GolfError(f"model.parts.{name} and model.parts.{other} exclude each other; keep one of them")
             config = read_config(kind.Config, table, f"model.parts.{name}")
             part: Part = kind(config, self.section, self.vocab_size)
             self.add_module(kind.attribute, part)
@@ -256,15 +264,15 @@ class GPT(nn.Module):
             self.use_attention(name, device)
 
     def _rope_for(self, start: int, ids_BT: Tensor, cache: KVCache | None) -> tuple[Tensor, Tensor]:
-        """(T, K/2) tables of positions start .. start + T - 1; with a cache, the base is that of its full length."""
+        """(T, J) tables of positions start .. start + T - 1; with a cache, the base is that of its full length."""
         s, length = self.section, ids_BT.shape[1]
         made_for = length if cache is None else cache.max_len
-        base = stretched_base(s.rope_base, max(made_for, self.context_len), s.rope_ref_len, self.head_dim)
+        base = stretched_base(s.rope_base, max(made_for, self.context_len), s.rope_ref_len, self.rope_dims)
         key = (made_for, base, ids_BT.device)
         if key not in self._rope:
             if len(self._rope) >= ROPE_TABLES_KEPT:
                 self._rope.pop(next(iter(self._rope)))
-            cos, sin = rope_tables(made_for, self.head_dim, base)
+            cos, sin = rope_tables(made_for, self.rope_dims, base)
             self._rope[key] = (cos.to(ids_BT.device), sin.to(ids_BT.device))
         cos, sin = self._rope[key]
         return (cos, sin) if cache is None else (cos[start : start + length], sin[start : start + length])

@@ -7,8 +7,12 @@ from paramgolf.registry import Registry
 PARTS = Registry(
     "model part",
     {
+        "attn_gate": "paramgolf.model.parts.attn_gate:AttnGate",
         "bigram_hash": "paramgolf.model.parts.bigram_hash:BigramHash",
         "smear_gate": "paramgolf.model.parts.smear_gate:SmearGate",
+        "smear_gate2": "paramgolf.model.parts.smear_gate2:SmearGate2",
+        "value_embed": "paramgolf.model.parts.value_embed:ValueEmbed",
+        "xsa": "paramgolf.model.parts.xsa:XSA",
     },
 )
 

@@ -45,6 +45,7 @@ class ModelSection:
     mlp_hidden: Positive = 1024
     activation: str = "relu2"  # a name of model.ACTIVATIONS
     rope_base: Annotated[float, Field(gt=0)] = 10_000.0
+    rope_dims: Count = 0  # rotated channels of a head, the first ones; 0 = all
     rope_ref_len: Count = 0  # > 0: longer inputs stretch the base by (T / ref)^(d / (d - 2)) (PR 114: 1024)
     qk_gain: float = 1.5  # initial gain on the normalised queries, one learned value a head
     logit_softcap: NonNegative = 30.0  # 0 = none
@@ -53,6 +54,7 @@ class ModelSection:
     init: Literal["default", "orthogonal"] = "default"  # orthogonal = PR 137's script
     skips: Literal["unet", "none"] = "unet"
     norm_eps: Annotated[float, Field(gt=0)] = 1.1920929e-07
+    ln_scale: bool = False  # branch inputs of layer l (from 0) times 1 / sqrt(l + 1)
     parts: dict[str, dict[str, Any]] = field(default_factory=dict)  # optional components by registry name
 
 

@@ -51,8 +51,10 @@ class LayerPart(nn.Module):
         """The values before attention; `n_BTD` is the normalised input of the layer."""
         return v_BTGK
 
-    def output(self, y_BTHK: Tensor, v_BTGK: Tensor, n_BTD: Tensor, extras: dict[str, Tensor]) -> Tensor:
-        """The output of every head before the output map."""
+    def output(
+        self, y_BTHK: Tensor, v_BTGK: Tensor, q_BTHK: Tensor, n_BTD: Tensor, extras: dict[str, Tensor]
+    ) -> Tensor:
+        """The output of every head before the output map; `q_BTHK` is the query map before norm and rotation."""
         return y_BTHK
 
 
@@ -61,6 +63,7 @@ class Part(nn.Module):
 
     attribute: ClassVar[str]
     Config: ClassVar[type]
+    excludes: ClassVar[tuple[str, ...]] = ()  # parts of a recipe it makes no sense with
 
     def __init__(self, config: Any, section: ModelSection, vocab_size: int) -> None:
         super().__init__()

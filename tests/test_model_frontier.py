@@ -1,0 +1,166 @@
+"""Components of the later records: each alone and several together: neutral start, causality, cache, refusals."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from paramgolf.errors import GolfError
+from paramgolf.model.cache import KVCache
+from paramgolf.model.gpt import GPT
+from paramgolf.model.native.runner import why_not
+from paramgolf.model.parts.base import Flow
+from paramgolf.optim.groups import group_of
+from tests.model_common import VOCAB, section, small_gpt, tokens
+
+SPARSE = {"factor": 1.0, "window": 5, "scale": 0.5}
+COMPONENTS: dict[str, dict[str, Any]] = {
+    "xsa": {"parts": {"xsa": {}}},
+    "xsa-last": {"parts": {"xsa": {"last_layers": 1}}},
+    "out-gate": {"parts": {"attn_gate": {}}},
+    "out-gate-query": {"parts": {"attn_gate": {"source": "query"}}},
+    "gated": {"parts": {"attn_gate": {"factor": 1.0, "window": 0}}},
+    "sparse": {"parts": {"attn_gate": SPARSE}},
+    "smear2": {"parts": {"smear_gate2": {"window": 5}}},
+    "value-embed": {"parts": {"value_embed": {"dim": 5}}},
+    "rope-dims": {"rope_dims": 2},
+    "ln-scale": {"ln_scale": True},
+}
+COMPONENTS["all"] = {
+    "parts": {
+        "bigram_hash": {"buckets": 31, "dim": 4},
+        "smear_gate2": {"window": 6},
+        "value_embed": {"dim": 5, "layers": [0, -1]},
+        "xsa": {},
+        "attn_gate": SPARSE,
+    },
+    "rope_dims": 4,
+    "ln_scale": True,
+}
+CASES = pytest.mark.parametrize("changes", COMPONENTS.values(), ids=COMPONENTS)
+
+
+@CASES
+def test_causal_and_equal_with_a_cache(changes: dict[str, Any]) -> None:
+    model = small_gpt(**changes).eval()
+    x = tokens(2, 14)
+    x[:, 6] = 1  # a document begins
+    full = model.logits(x)
+    cache = KVCache(14)
+    pieces = [model.logits(piece, cache) for piece in x.split((5, 1, 1, 7), dim=1)]
+    torch.testing.assert_close(torch.cat(pieces, 1), full, rtol=0, atol=3e-5)
+    changed = x.clone()
+    changed[:, 8] = (changed[:, 8] + 1) % VOCAB
+    assert torch.equal(model.logits(changed)[:, :8], full[:, :8])
+    assert not torch.equal(model.logits(changed)[:, 9:], full[:, 9:])
+
+
+@CASES
+def test_it_does_something_and_every_parameter_learns(changes: dict[str, Any]) -> None:
+    model, plain = small_gpt(**changes), small_gpt()
+    plain.load_state_dict({k: v for k, v in model.state_dict().items() if k in plain.state_dict()})
+    x, y = tokens(2, 12), tokens(2, 12, seed=1)
+    assert not torch.allclose(model(x, y), plain(x, y), atol=1e-6)
+    model(x, y).backward()
+    for name, param in model.named_parameters():
+        assert param.grad is not None and param.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("name", ["out-gate", "out-gate-query", "smear2", "value-embed"])
+def test_no_change_at_the_start(name: str) -> None:
+    model, plain = GPT(section(**COMPONENTS[name]), VOCAB), small_gpt()
+    model.init_weights(0)
+    model.load_state_dict(plain.state_dict(), strict=False)
+    x = tokens(2, 12)
+    torch.testing.assert_close(model.logits(x), plain.logits(x), rtol=0, atol=1e-6)
+
+
+def test_xsa_takes_the_own_value_away() -> None:
+    model = small_gpt(parts={"xsa": {"last_layers": 2}})
+    y, v, q = torch.randn(2, 5, 4, 6), torch.randn(2, 5, 2, 6), torch.randn(2, 5, 4, 6)
+    v[0, 3] = 0
+    attn = model.layers[1].attn
+    layer: Any = attn.get_submodule("xsa")
+    out = layer.output(y, v, q, q.flatten(2), {})
+    shared = v.repeat_interleave(2, dim=2)
+    assert (out * shared).sum(-1).abs().max() < 1e-5
+    assert torch.equal(out[0, 3], y[0, 3])
+    assert model.layers[0].attn.layer_parts == () and attn.layer_parts == ("xsa",)
+
+
+def test_smear_gate2_stops_where_a_document_begins() -> None:
+    model = small_gpt(parts={"smear_gate2": {"window": 5}})
+    part: Any = model.get_submodule("smear2")
+    x = tokens(1, 9)
+    x[0, 4] = 1
+    raw = model.tok_emb.weight[x]
+    before = F.pad(raw, (0, 0, 1, 0))[:, :-1]
+    share = part.strength * torch.sigmoid(raw[..., :5] @ part.gate)
+    share[0, 4] = 0
+    expected = F.rms_norm(raw + share[..., None] * before, (24,), eps=model.section.norm_eps)
+    torch.testing.assert_close(model.embed(Flow(x)), expected)
+
+
+def test_channels_beyond_rope_dims_know_no_position() -> None:
+    model = small_gpt(num_layers=1, rope_dims=2)
+    attn = model.layers[0].attn
+    seen = []
+    model.use_attention("math")
+    attend = attn.attend
+    assert attend is not None
+
+    def spy(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        seen.append(k)
+        return attend(q, k, v)
+
+    attn.attend = spy
+    model.logits(torch.full((1, 8), 5))
+    k = seen[0][0]
+    torch.testing.assert_close(k[:, :, 2:], k[:1, :, 2:].expand_as(k[:, :, 2:]))
+    assert (k[1:, :, :2] - k[:1, :, :2]).abs().max() > 1e-3
+
+
+def test_ln_scale_divides_by_the_root_of_the_depth() -> None:
+    model = small_gpt(ln_scale=True)
+    x = torch.randn(1, 3, 24)
+    for index, block in enumerate(model.layers):
+        torch.testing.assert_close(block.normed(x) * (index + 1) ** 0.5, F.rms_norm(x, (24,), eps=1.1920929e-07))
+        assert block.normed(x.bfloat16()).dtype == torch.bfloat16
+    assert not any("depth_scale" in name for name in model.state_dict())
+
+
+def test_gates_are_optimised_as_control_tensors() -> None:
+    model = small_gpt(**COMPONENTS["all"])
+    groups = {name: group_of(name, param) for name, param in model.named_parameters()}
+    assert groups["blocks.0.attn.attn_gate.weight"] == "scalar" and groups["smear2.gate"] == "scalar"
+    assert groups["value_embed.embed.weight"] == "embed" and groups["value_embed.proj.weight"] == "matrix"
+    assert groups["blocks.0.attn.value_embed.scale"] == "scalar"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"parts": {"xsa": {"last_layers": 4}}}, "last_layers=4"),
+        ({"parts": {"attn_gate": {"window": 25}}}, "window=25"),
+        ({"parts": {"smear_gate2": {"window": 25}}}, "window=25"),
+        ({"parts": {"smear_gate": {}, "smear_gate2": {}}}, "exclude each other"),
+        ({"parts": {"value_embed": {"layers": [3]}}}, "names layer 3"),
+        ({"parts": {"value_embed": {"layers": []}}}, "names no layer"),
+        ({"rope_dims": 3}, "rope_dims=3"),
+        ({"rope_dims": 8}, "rope_dims=8"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(GolfError, match=words):
+        GPT(section(**changes), VOCAB)
+
+
+@pytest.mark.parametrize("name", [name for name in COMPONENTS if name != "smear2"])
+def test_the_fused_kernels_refuse_changed_layers(name: str) -> None:
+    sizes: dict[str, Any] = {"dim": 64, "num_heads": 4, "num_kv_heads": 2, "mlp_hidden": 64}
+    model = GPT(section(**(COMPONENTS[name] | sizes)), 96)
+    model.compute_dtype = torch.bfloat16
+    assert why_not(model, 32) in ("a model part changes the layers", "there is no kernel for a switch of the layers")
