@@ -28,6 +28,7 @@ COMPONENTS: dict[str, dict[str, Any]] = {
     "value-embed": {"parts": {"value_embed": {"dim": 5}}},
     "rope-dims": {"rope_dims": 2},
     "ln-scale": {"ln_scale": True},
+    "skip-gates": {"skip_gates": True},
 }
 COMPONENTS["all"] = {
     "parts": {
@@ -39,6 +40,7 @@ COMPONENTS["all"] = {
     },
     "rope_dims": 4,
     "ln_scale": True,
+    "skip_gates": True,
 }
 CASES = pytest.mark.parametrize("changes", COMPONENTS.values(), ids=COMPONENTS)
 
@@ -137,7 +139,18 @@ def test_gates_are_optimised_as_control_tensors() -> None:
     groups = {name: group_of(name, param) for name, param in model.named_parameters()}
     assert groups["blocks.0.attn.attn_gate.weight"] == "scalar" and groups["smear2.gate"] == "scalar"
     assert groups["value_embed.embed.weight"] == "embed" and groups["value_embed.proj.weight"] == "matrix"
-    assert groups["blocks.0.attn.value_embed.scale"] == "scalar"
+    assert groups["blocks.0.attn.value_embed.scale"] == groups["skip_gates"] == "scalar"
+
+
+def test_skip_gates_share_between_stream_and_skip() -> None:
+    model = small_gpt(skip_gates=True)
+    assert model.skip_gates is not None and model.skip_weights is not None
+    x, skip = torch.randn(1, 3, 24), torch.randn(1, 3, 24)
+    with torch.no_grad():
+        model.skip_gates.fill_(20.0)
+        torch.testing.assert_close(model.join_skip(x, skip, 0), x)
+        model.skip_gates.fill_(0.0)
+        torch.testing.assert_close(model.join_skip(x, skip, 0), 0.5 * x + 0.5 * model.skip_weights[0] * skip)
 
 
 @pytest.mark.parametrize(
@@ -149,6 +162,8 @@ def test_gates_are_optimised_as_control_tensors() -> None:
         ({"parts": {"smear_gate": {}, "smear_gate2": {}}}, "exclude each other"),
         ({"parts": {"value_embed": {"layers": [3]}}}, "names layer 3"),
         ({"parts": {"value_embed": {"layers": []}}}, "names no layer"),
+        ({"skip_gates": True, "skips": "none"}, "skip_gates=true"),
+        ({"skip_gates": True, "num_layers": 1}, "skip_gates=true"),
         ({"rope_dims": 3}, "rope_dims=3"),
         ({"rope_dims": 8}, "rope_dims=8"),
     ],

@@ -15,6 +15,7 @@ from tests.parity.harness import Check
 # File name prefix -> module of this package. The longest prefix that fits wins.
 KINDS = {
     "A_model": "a_model",
+    "B_components": "frontier_b_components",
     "B_muon": "b_muon",
     "B_normuon": "b_normuon",
     "C_muon": "frontier_c_muon",

@@ -1,6 +1,6 @@
-"""The parts of the later records one by one: rotary tables, XSA, gates, smear gates, value and bigram embeddings.
+"""The parts of the later records one by one: rotary tables, XSA, gates, smear and skip gates, value and bigram embeddings.
 
-Variable-length attention is our attention on each segment with the rotary tables of its place in the packed row.
+The arrays `two_lane/*` are not compared: this package has no two-lane residuals. Variable-length attention is our attention on each segment with the rotary tables of its place in the packed row.
 """
 
 from __future__ import annotations
@@ -262,6 +262,18 @@ def check_value_embed(z: Any) -> list[Check]:
     ]
 
 
+def check_skips(z: Any) -> list[Check]:
+    count, dim = z["skip/weights"].shape
+    model = model_of(z, num_layers=2 * count, skip_gates=True)
+    assert model.section.dim == dim
+    fill(model, z, {"skip_weights": "skip/weights", "skip_gates": "skip/gates"})
+    checks = []
+    for join in range(count):
+        x, skip = tensor(z, f"skip/{join}/x_before"), tensor(z, f"skip/{join}/skip")
+        checks.append(output(f"skip {join}", model.join_skip(x, skip, join), z[f"skip/{join}/x_after"]))
+    return checks
+
+
 # -- the whole file --------------------------------------------------------------------------------------------------
 
 
@@ -270,4 +282,5 @@ def check(path: Path, z: Any) -> list[Check]:
     for key in (k for k in z.files if k.startswith("attn/") and k.endswith("/out")):
         _, kind, layout, _ = key.split("/")
         checks += check_attention(kind, layout, z)
+    checks += check_skips(z)
     return checks + check_smear_v1(z) + check_smear_v2(z) + check_bigram(z) + check_value_embed(z)

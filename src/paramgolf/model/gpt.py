@@ -78,6 +78,9 @@ class GPT(nn.Module):
         self.num_encoder = section.num_layers // 2 if section.skips == "unet" else section.num_layers
         skips = min(self.num_encoder, section.num_layers - self.num_encoder)
         self.skip_weights = nn.Parameter(torch.ones(skips, section.dim)) if skips else None
+        if section.skip_gates and not skips:
+            raise GolfError("model.skip_gates=true needs skips to gate: set model.skips='unet' and at least 2 layers")
+        self.skip_gates = nn.Parameter(torch.zeros(skips, section.dim)) if section.skip_gates else None
         self.lm_head = None if section.tie_embeddings else Linear(section.dim, vocab_size)
         self.part_names = self._add_parts()
         self.attention: AttentionChoice | None = None
@@ -247,8 +250,7 @@ class GPT(nn.Module):
         for position, block in enumerate(self.layers):
             join = position - self.num_encoder
             if join >= 0 and stack:
-                assert self.skip_weights is not None
-                x = x + self.skip_weights[join].to(x.dtype) * stack.pop()
+                x = self.join_skip(x, stack.pop(), join)
             if flow.cache is None:
                 x = self._run_block(block, x, x0, rope, flow.extras)
             else:
@@ -256,6 +258,14 @@ class GPT(nn.Module):
             if position < self.num_encoder and self.skip_weights is not None:
                 stack.append(x)
         return x
+
+    def join_skip(self, x_BTD: Tensor, skip_BTD: Tensor, join: int) -> Tensor:
+        """x + w skip before decoder layer number `join`; with gates g x + (1 - g) w skip, g = sigmoid(gate)."""
+        assert self.skip_weights is not None
+        weighted = self.skip_weights[join].to(x_BTD.dtype) * skip_BTD
+        if self.skip_gates is None:
+            return x_BTD + weighted
+        return torch.lerp(weighted, x_BTD, torch.sigmoid(self.skip_gates[join]).to(x_BTD.dtype))
 
     def _ready_attention(self, device: torch.device) -> None:
         """(Re)choose the kernel when there is none yet, or the device or compute dtype changed since."""

@@ -53,6 +53,7 @@ class ModelSection:
     embed_init_std: Annotated[float, Field(gt=0)] = 0.005
     init: Literal["default", "orthogonal"] = "default"  # orthogonal = PR 137's script
     skips: Literal["unet", "none"] = "unet"
+    skip_gates: bool = False  # x <- g x + (1 - g) skip with a learned gate a channel, one half at the start (#1089)
     norm_eps: Annotated[float, Field(gt=0)] = 1.1920929e-07
     ln_scale: bool = False  # branch inputs of layer l (from 0) times 1 / sqrt(l + 1)
     parts: dict[str, dict[str, Any]] = field(default_factory=dict)  # optional components by registry name
