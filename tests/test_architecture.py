@@ -23,7 +23,7 @@ LAYERS = [
     ("paramgolf.api",),
     ("paramgolf.runner",),
     ("paramgolf.lab", "paramgolf.submit"),
-    ("paramgolf.cli", "paramgolf.cli_data", "paramgolf.cli_lab", "paramgolf.__main__"),
+    ("paramgolf.cli", "paramgolf.cli_data", "paramgolf.cli_lab", "paramgolf.cli_audit", "paramgolf.__main__"),
 ]
 
 

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from paramgolf import __version__
+from paramgolf.cli_audit import app as audit_app
 from paramgolf.cli_data import app as data_app
 from paramgolf.cli_lab import app as lab_app
 from paramgolf.errors import GolfError, on_every_rank
@@ -29,6 +30,7 @@ app = typer.Typer(
 )
 app.add_typer(data_app, name="data")
 app.add_typer(lab_app)
+app.add_typer(audit_app)
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, e.g. model.mlp_hidden=1488")]

@@ -1,0 +1,34 @@
+"""`golf audit`: what can be said about anybody's submission without running it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer()
+
+
+@app.command("audit", epilog="Example: golf audit records/track_10min_16mb/2026-04-* --json")
+def audit_command(
+    paths: Annotated[
+        list[Path], typer.Argument(help="Folders of submissions (or a folder of such folders), or single scripts.")
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
+) -> None:
+    """Check submissions against the public rules by reading them; nothing of them is executed.
+
+    Exit code 1: there are violations; 0: there are none; 2: a path cannot be read.
+    """
+    from paramgolf.submit.audit.audit import audit, audit_text, expand
+
+    audits = [audit(path) for path in expand(paths)]
+    violations = sum(result.violations for result in audits)
+    if as_json:
+        typer.echo(json.dumps({"violations": violations, "audits": [result.as_dict() for result in audits]}, indent=2))
+    else:
+        typer.echo(audit_text(audits))
+    if violations:
+        raise typer.Exit(1)
