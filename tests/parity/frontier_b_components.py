@@ -1,6 +1,7 @@
-"""The parts of the later records one by one: rotary tables, XSA, gates, smear and skip gates, value and bigram embeddings.
+"""The parts of the later records one by one: rotation, XSA, attention, smear and skip gates, value and bigram tables.
 
-The arrays `two_lane/*` are not compared: this package has no two-lane residuals. Variable-length attention is our attention on each segment with the rotary tables of its place in the packed row.
+The arrays `two_lane/*` are not compared: this package has no two-lane residuals. Variable-length attention is our
+attention on each segment with the rotary tables of its place in the packed row.
 """
 
 from __future__ import annotations
