@@ -59,3 +59,29 @@ def runs_command(
         typer.echo(f"note: left out: {problem}", err=True)
     chosen = select(runs, list(filters or []), sort, reverse=reverse)
     _emit({"runs": chosen}, as_json, runs_text(chosen))
+
+
+@app.command("compare", epilog="Example: golf compare 'runs/pocket-*' 'runs/wider-*'  or: ... --against 1.2194")
+def compare_command(
+    runs: Annotated[
+        list[str], typer.Argument(help="Run folders (grouped by recipe), folders of runs, quoted patterns.")
+    ],
+    against: Annotated[
+        float | None, typer.Option(min=0, help="A published BPB. Without it the first group is the baseline.")
+    ] = None,
+    metric: Annotated[str, typer.Option(help="val_bpb, val_bpb_sliding or val_bpb_float.")] = "val_bpb",
+    margin: Annotated[float, typer.Option(min=0, help="Better by at least so many nats a token.")] = 0.005,
+    alpha: Annotated[float, typer.Option(min=1e-6, max=0.5, help="Significance asked for.")] = 0.01,
+    power: Annotated[float, typer.Option(min=0.05, max=0.999, help="Of the number of runs still needed.")] = 0.8,
+    allow: Annotated[list[str] | None, typer.Option(help="Compare although this differs, e.g. budget.steps.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Is one recipe better than another, or than a published number, by more than chance?"""
+    from paramgolf.lab.compare import compare, open_groups
+    from paramgolf.lab.compare_text import compare_text
+
+    result = compare(
+        open_groups(runs), against=against, metric=metric, margin_nats=margin, alpha=alpha, power=power,
+        allow=list(allow or []),
+    )  # fmt: skip
+    _emit(result, as_json, compare_text(result))
