@@ -29,6 +29,9 @@ COMPONENTS: dict[str, dict[str, Any]] = {
     "rope-dims": {"rope_dims": 2},
     "ln-scale": {"ln_scale": True},
     "skip-gates": {"skip_gates": True},
+    "lanes": {"lanes_from": 1},
+    "lanes-mlp": {"lanes_from": 1, "lane_merge": "mlp"},
+    "lanes-no-skips": {"lanes_from": 0, "skips": "none", "lane_merge": "attn"},
 }
 COMPONENTS["all"] = {
     "parts": {
@@ -41,6 +44,7 @@ COMPONENTS["all"] = {
     "rope_dims": 4,
     "ln_scale": True,
     "skip_gates": True,
+    "lanes_from": 1,
 }
 CASES = pytest.mark.parametrize("changes", COMPONENTS.values(), ids=COMPONENTS)
 
@@ -63,7 +67,8 @@ def test_causal_and_equal_with_a_cache(changes: dict[str, Any]) -> None:
 @CASES
 def test_it_does_something_and_every_parameter_learns(changes: dict[str, Any]) -> None:
     model, plain = small_gpt(**changes), small_gpt()
-    plain.load_state_dict({k: v for k, v in model.state_dict().items() if k in plain.state_dict()})
+    shared = {k: v for k, v in model.state_dict().items() if k in plain.state_dict()}
+    plain.load_state_dict(shared, strict=False)
     x, y = tokens(2, 12), tokens(2, 12, seed=1)
     assert not torch.allclose(model(x, y), plain(x, y), atol=1e-6)
     model(x, y).backward()
@@ -78,6 +83,14 @@ def test_no_change_at_the_start(name: str) -> None:
     model.load_state_dict(plain.state_dict(), strict=False)
     x = tokens(2, 12)
     torch.testing.assert_close(model.logits(x), plain.logits(x), rtol=0, atol=1e-6)
+
+
+def test_layers_compile_without_a_break() -> None:
+    model = small_gpt(**COMPONENTS["all"])
+    x, y = tokens(2, 12), tokens(2, 12, seed=1)
+    plain = model(x, y)
+    model.compile_regions(backend="eager")
+    torch.testing.assert_close(model(x, y), plain)
 
 
 def test_xsa_takes_the_own_value_away() -> None:
@@ -139,6 +152,7 @@ def test_gates_are_optimised_as_control_tensors() -> None:
     groups = {name: group_of(name, param) for name, param in model.named_parameters()}
     assert groups["blocks.0.attn.attn_gate.weight"] == "scalar" and groups["smear2.gate"] == "scalar"
     assert groups["value_embed.embed.weight"] == "embed" and groups["value_embed.proj.weight"] == "matrix"
+    assert groups["lanes.post"] == groups["lanes.resid"] == "scalar"
     assert groups["blocks.0.attn.value_embed.scale"] == groups["skip_gates"] == "scalar"
 
 
@@ -153,6 +167,25 @@ def test_skip_gates_share_between_stream_and_skip() -> None:
         torch.testing.assert_close(model.join_skip(x, skip, 0), 0.5 * x + 0.5 * model.skip_weights[0] * skip)
 
 
+def test_lanes_that_share_everything_are_parallel_branches() -> None:
+    model = small_gpt(num_layers=1, lanes_from=0)
+    block, lanes = model.layers[0], model.lanes
+    assert lanes is not None
+    with torch.no_grad():
+        lanes.resid.fill_(1.0)
+        lanes.post.fill_(1.0)
+        block.resid_mix.copy_(torch.tensor([[1.0], [0.0]]).expand(2, 24))
+    model.use_attention("math")
+    x = torch.randn(1, 4, 24)
+    rope = model._rope_for(0, torch.zeros(1, 4, dtype=torch.int64), None)
+    a, b = block.lanes(x, x, x, rope, {}, lanes.resid[0], lanes.post[0])
+    n = block.normed(x)
+    expected = x + block.attn_scale * block.attn(n, rope, {}) + block.mlp_scale * block.mlp(n)
+    torch.testing.assert_close(a, expected)
+    torch.testing.assert_close(b, expected)
+    torch.testing.assert_close(lanes.merge(a, b), expected)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -164,6 +197,8 @@ def test_skip_gates_share_between_stream_and_skip() -> None:
         ({"parts": {"value_embed": {"layers": []}}}, "names no layer"),
         ({"skip_gates": True, "skips": "none"}, "skip_gates=true"),
         ({"skip_gates": True, "num_layers": 1}, "skip_gates=true"),
+        ({"lanes_from": 0}, "lanes_from=0"),
+        ({"lanes_from": 3}, "lanes_from=3"),
         ({"rope_dims": 3}, "rope_dims=3"),
         ({"rope_dims": 8}, "rope_dims=8"),
     ],

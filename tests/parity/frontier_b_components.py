@@ -1,7 +1,6 @@
-"""The parts of the later records one by one: rotation, XSA, attention, smear and skip gates, value and bigram tables.
+"""The parts of the later records one by one: rotation, XSA, attention, smear and skip gates, embeddings, lanes.
 
-The arrays `two_lane/*` are not compared: this package has no two-lane residuals. Variable-length attention is our
-attention on each segment with the rotary tables of its place in the packed row.
+Variable-length attention is our attention on each segment with the rotary tables of its place in the packed row.
 """
 
 from __future__ import annotations
@@ -275,6 +274,45 @@ def check_skips(z: Any) -> list[Check]:
     return checks
 
 
+def check_lanes(z: Any) -> list[Check]:
+    bank = {key.removeprefix("two_lane/w/"): tensor(z, key) for key in z.files if key.startswith("two_lane/w/")}
+    layers, index = len(bank["parallel_resid_lambdas"]), 1
+    hidden = bank["mlp_up_bank"].shape[1]
+    parts = gate_parts(z, "sparse")
+    model = model_of(z, num_layers=layers, mlp_hidden=hidden, ln_scale=True, lanes_from=index, parts=parts)
+    block, lanes = model.layers[index], model.lanes
+    assert lanes is not None
+    own = {name.removeprefix(f"blocks.{index}."): t for name, t in bank.items() if name.startswith(f"blocks.{index}.")}
+    own["attn.attn_gate.weight"] = own.pop("attn.attn_gate_w")
+    qo, kv = bank["qo_bank"], bank["kv_bank"]
+    own |= {"attn.c_q.weight": qo[index], "attn.proj.weight": qo[layers + index]}
+    own |= {"attn.c_k.weight": kv[index], "attn.c_v.weight": kv[layers + index]}
+    own |= {"mlp.fc.weight": bank["mlp_up_bank"][index], "mlp.proj.weight": bank["mlp_down_bank"][index]}
+    block.load_state_dict(own)
+    weights = {"resid": bank["parallel_resid_lambdas"], "post": bank["parallel_post_lambdas"].flatten(1)}
+    lanes.load_state_dict(weights)
+    lane0, lane1, x0 = (leaf(z, f"two_lane/{name}") for name in ("lane0", "lane1", "x0"))
+    rope = rope_tables(x0.shape[1], model.rope_dims, model.section.rope_base)
+    pieces = [
+        block.lanes(
+            lane0[:, a:b],
+            lane1[:, a:b],
+            x0[:, a:b],
+            (rope[0][a:b], rope[1][a:b]),
+            {},
+            lanes.resid[index],
+            lanes.post[index],
+        )
+        for a, b in segments(z, "packed", x0.shape[1])
+    ]
+    outs = [torch.cat(lane, dim=1) for lane in zip(*pieces, strict=True)]
+    torch.autograd.backward(outs, [tensor(z, f"two_lane/up{i}") for i in range(2)])
+    checks = [output(f"two_lane out{i}", out, z[f"two_lane/out{i}"]) for i, out in enumerate(outs)]
+    grads = [t.grad for t in (lane0, lane1, x0, lanes.post, lanes.resid)]
+    names = ("lane0", "lane1", "x0", "post", "resid")
+    return checks + [gradient(n, g, z[f"two_lane/grad_{n}"]) for n, g in zip(names, grads, strict=True)]
+
+
 # -- the whole file --------------------------------------------------------------------------------------------------
 
 
@@ -283,5 +321,5 @@ def check(path: Path, z: Any) -> list[Check]:
     for key in (k for k in z.files if k.startswith("attn/") and k.endswith("/out")):
         _, kind, layout, _ = key.split("/")
         checks += check_attention(kind, layout, z)
-    checks += check_skips(z)
+    checks += check_skips(z) + check_lanes(z)
     return checks + check_smear_v1(z) + check_smear_v2(z) + check_bigram(z) + check_value_embed(z)

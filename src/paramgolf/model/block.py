@@ -48,6 +48,26 @@ class Block(nn.Module):
         x = x + self.attn_scale.to(x.dtype) * self.attn(self.normed(x), rope, extras, cache)
         return x + self.mlp_scale.to(x.dtype) * self.mlp(self.normed(x))
 
+    def lanes(
+        self,
+        a_BTD: Tensor,
+        b_BTD: Tensor,
+        x0_BTD: Tensor,
+        rope: tuple[Tensor, Tensor],
+        extras: dict[str, Tensor],
+        resid_2: Tensor,
+        post_4: Tensor,
+        cache: LayerCache | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The layer on two lanes (see lanes.py): attention reads lane a with its mix, the MLP reads lane b."""
+        dtype = a_BTD.dtype
+        mix_2D, resid_2, post_4 = self.resid_mix.to(dtype), resid_2.to(dtype), post_4.to(dtype)
+        n_BTD = self.normed(mix_2D[0] * a_BTD + mix_2D[1] * x0_BTD)
+        attn = self.attn_scale.to(dtype) * self.attn(n_BTD, rope, extras, cache)
+        mlp = self.mlp_scale.to(dtype) * self.mlp(self.normed(b_BTD))
+        a = resid_2[0] * a_BTD + post_4[0] * attn + post_4[2] * mlp
+        return a, resid_2[1] * b_BTD + post_4[1] * attn + post_4[3] * mlp
+
     def normed(self, x_BTD: Tensor) -> Tensor:
         """What a branch reads."""
         n_BTD = rms_norm(x_BTD, self.norm_eps)

@@ -22,6 +22,7 @@ from paramgolf.model.attention import AttentionChoice, choose
 from paramgolf.model.block import Block
 from paramgolf.model.cache import KVCache
 from paramgolf.model.init import init_matrices
+from paramgolf.model.lanes import Lanes
 from paramgolf.model.layers import Linear, rms_norm
 from paramgolf.model.loss import FusedLoss, chunked_nll, nll_and_slope, softcap
 from paramgolf.model.native.runner import NativeRunner
@@ -81,12 +82,14 @@ class GPT(nn.Module):
         if section.skip_gates and not skips:
             raise GolfError("model.skip_gates=true needs skips to gate: set model.skips='unet' and at least 2 layers")
         self.skip_gates = nn.Parameter(torch.zeros(skips, section.dim)) if section.skip_gates else None
+        self.lanes = Lanes(section) if section.lanes_from >= 0 else None
         self.lm_head = None if section.tie_embeddings else Linear(section.dim, vocab_size)
         self.part_names = self._add_parts()
         self.attention: AttentionChoice | None = None
         self._attention_key: tuple[Any, ...] = ()
         self._rope: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
         self._run_block: Callable[..., Tensor] = run_block
+        self._run_lanes: Callable[..., tuple[Tensor, Tensor]] = run_lanes
         self._native: NativeRunner | None = None
         self._chunk_fn = nll_and_slope
 
@@ -153,6 +156,7 @@ class GPT(nn.Module):
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         how: dict[str, Any] = {"dynamic": False, "fullgraph": True, "mode": mode, "backend": backend}
         self._run_block = torch.compile(run_block, **how)
+        self._run_lanes = torch.compile(run_lanes, **how)
         self._chunk_fn = torch.compile(nll_and_slope, **how)
 
     def use_native(self, seq_len: int) -> str:
@@ -171,12 +175,12 @@ class GPT(nn.Module):
     @contextmanager
     def eager(self) -> Iterator[None]:
         """Inside, nothing compiled runs (for shapes that come once)."""
-        kept = self._run_block, self._chunk_fn
-        self._run_block, self._chunk_fn = run_block, nll_and_slope
+        kept = self._run_block, self._run_lanes, self._chunk_fn
+        self._run_block, self._run_lanes, self._chunk_fn = run_block, run_lanes, nll_and_slope
         try:
             yield
         finally:
-            self._run_block, self._chunk_fn = kept
+            self._run_block, self._run_lanes, self._chunk_fn = kept
 
     # -- computation -------------------------------------------------------------------------------------------
 
@@ -247,17 +251,29 @@ class GPT(nn.Module):
         """Encoder layers push their outputs, decoder layers add them back, last pushed first."""
         x0 = x.view_as(x)  # another object: "the first two inputs are one" would be a second graph for the first block
         stack: list[Tensor] = []
+        second: Tensor | None = None  # the other lane, once there are two
         for position, block in enumerate(self.layers):
             join = position - self.num_encoder
             if join >= 0 and stack:
                 x = self.join_skip(x, stack.pop(), join)
-            if flow.cache is None:
+            if self.lanes is not None and position >= self.lanes.first:
+                x, second = self._two_lanes(position, (x, x.view_as(x) if second is None else second), x0, rope, flow)
+            elif flow.cache is None:
                 x = self._run_block(block, x, x0, rope, flow.extras)
             else:
                 x = run_block(block, x, x0, rope, flow.extras, flow.cache.layer(position))
             if position < self.num_encoder and self.skip_weights is not None:
                 stack.append(x)
-        return x
+        return x if self.lanes is None or second is None else self.lanes.merge(x, second)
+
+    def _two_lanes(
+        self, position: int, lanes: tuple[Tensor, Tensor], x0: Tensor, rope: tuple[Tensor, Tensor], flow: Flow
+    ) -> tuple[Tensor, Tensor]:
+        assert self.lanes is not None
+        block, weights = self.layers[position], (self.lanes.resid[position], self.lanes.post[position])
+        if flow.cache is None:
+            return self._run_lanes(block, *lanes, x0, rope, flow.extras, *weights)
+        return run_lanes(block, *lanes, x0, rope, flow.extras, *weights, flow.cache.layer(position))
 
     def join_skip(self, x_BTD: Tensor, skip_BTD: Tensor, join: int) -> Tensor:
         """x + w skip before decoder layer number `join`; with gates g x + (1 - g) w skip, g = sigmoid(gate)."""
@@ -291,3 +307,8 @@ class GPT(nn.Module):
 def run_block(block: Block, *inputs: Any) -> Tensor:
     """One block. A function of its own, so that compiling it gives one cache of graphs shared by all blocks."""
     return block(*inputs)
+
+
+def run_lanes(block: Block, *inputs: Any) -> tuple[Tensor, Tensor]:
+    """One block on two lanes; a function of its own as `run_block` is."""
+    return block.lanes(*inputs)

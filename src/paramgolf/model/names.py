@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 # Substrings, as the reference scripts match them (so `attn_scale` also finds `attn_scales`).
-CONTROL_NAMES = ("attn_scale", "mlp_scale", "resid_mix", "q_gain", "skip_weight", "skip_gate", "attn_gate")
+CONTROL_NAMES = ("attn_scale", "mlp_scale", "resid_mix", "q_gain", "skip_weight", "skip_gate", "attn_gate", "lanes.")
 
 
 def is_control(name: str) -> bool:

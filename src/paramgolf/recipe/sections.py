@@ -54,6 +54,8 @@ class ModelSection:
     init: Literal["default", "orthogonal"] = "default"  # orthogonal = PR 137's script
     skips: Literal["unet", "none"] = "unet"
     skip_gates: bool = False  # x <- g x + (1 - g) skip with a learned gate a channel, one half at the start (#1089)
+    lanes_from: Annotated[int, Field(ge=-1)] = -1  # first layer of two-lane residuals (see model/lanes.py); -1 = none
+    lane_merge: Literal["mean", "attn", "mlp"] = "mean"  # the lane, or their mean, that leaves the last layer
     norm_eps: Annotated[float, Field(gt=0)] = 1.1920929e-07
     ln_scale: bool = False  # branch inputs of layer l (from 0) times 1 / sqrt(l + 1)
     parts: dict[str, dict[str, Any]] = field(default_factory=dict)  # optional components by registry name

@@ -32,7 +32,7 @@ def why_not(model: GPT, length: int) -> str:
         return "seq_len must be a multiple of 32"
     if s.activation not in SLOPES:
         return f"there is no kernel for the activation '{s.activation}'"
-    if model.rope_dims != model.head_dim or s.ln_scale or s.skip_gates:
+    if model.rope_dims != model.head_dim or s.ln_scale or s.skip_gates or s.lanes_from >= 0:
         return "there is no kernel for a switch of the layers"
     if any(block.attn.layer_parts for block in model.layers):
         return "a model part changes the layers"
