@@ -21,9 +21,17 @@ LAYERS = [
     ("paramgolf.quant", "paramgolf.pack"),
     ("paramgolf.train",),
     ("paramgolf.api",),
+    ("paramgolf.text",),
     ("paramgolf.runner",),
     ("paramgolf.lab", "paramgolf.submit"),
-    ("paramgolf.cli", "paramgolf.cli_data", "paramgolf.cli_lab", "paramgolf.cli_audit", "paramgolf.__main__"),
+    (
+        "paramgolf.cli",
+        "paramgolf.cli_data",
+        "paramgolf.cli_lab",
+        "paramgolf.cli_audit",
+        "paramgolf.cli_text",
+        "paramgolf.__main__",
+    ),
 ]
 
 

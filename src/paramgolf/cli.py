@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from paramgolf import __version__
+from paramgolf import __version__, cli_text
 from paramgolf.cli_audit import app as audit_app
 from paramgolf.cli_data import app as data_app
 from paramgolf.cli_lab import app as lab_app
@@ -29,6 +29,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(data_app, name="data")
+cli_text.register(app)
 app.add_typer(lab_app)
 app.add_typer(audit_app)
 
@@ -169,9 +170,11 @@ def sample_command(
 
 @app.command("inspect", epilog="Example: golf inspect runs/pocket-1/model.golf")
 def inspect_command(artifact: Artifact, as_json: Json = False) -> None:
-    """What an artifact holds: configuration, tensors, and where each of its bytes goes."""
+    """What an artifact or a compressed file holds: configuration, contents, and where each of its bytes goes."""
     from paramgolf.runner.summary import artifact_facts, inspect_text
 
+    if artifact.is_file() and cli_text.is_compressed(artifact):
+        return cli_text.inspect_text_file(artifact, as_json)
     facts = artifact_facts(artifact_path(artifact))
     emit(facts, as_json, inspect_text(facts))
 

@@ -20,7 +20,7 @@ class Reader:
 
     def __init__(self, data: bytes | memoryview, where: str) -> None:
         self._data = memoryview(data)
-        self._where = where
+        self.where = where
         self._at = 0
 
     def __len__(self) -> int:
@@ -28,7 +28,7 @@ class Reader:
         return len(self._data) - self._at
 
     def fault(self, what: str) -> GolfError:
-        return GolfError(f"{what} in {self._where}; the file is damaged: get it again")
+        return GolfError(f"{what} in {self.where}; the file is damaged: get it again")
 
     def take(self, count: int) -> bytes:
         if count > len(self):

@@ -1,0 +1,197 @@
+"""`golf compress` and `golf decompress`: files made of a model's predictions."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, cast
+
+import typer
+
+from paramgolf.errors import GolfError
+
+if TYPE_CHECKING:
+    from paramgolf.text.blocks import TextModel
+
+SUFFIX = ".gtx"
+Files = Annotated[list[str] | None, typer.Argument(help="Files; none or '-' = stdin to stdout.")]
+Model = Annotated[
+    Path | None,
+    typer.Option("-m", "--model", help="A model.golf or its run folder. Default: one under runs/."),
+]
+Out = Annotated[Path | None, typer.Option("-o", "--out", help="Output file (of one input); '-' = stdout.")]
+Work = Callable[[Path | None, BinaryIO, BinaryIO, Callable[[int], None]], str]
+Workers = Annotated[int, typer.Option(min=0, help="Processes; 0 = one for each processor.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to `golf`."""
+    app.command("compress", epilog="Example: golf compress notes.txt -m runs/pocket-1")(compress_command)
+    app.command("decompress", epilog="Example: golf decompress notes.txt.gtx -m runs/pocket-1")(decompress_command)
+
+
+def compress_command(
+    files: Files = None,
+    model: Model = None,
+    out: Out = None,
+    tolerance: Annotated[
+        float, typer.Option(min=0.0, max=0.05, help="Log-odds by which the reader's arithmetic may differ.")
+    ] = 1e-4,
+    workers: Workers = 0,
+) -> None:
+    """Shrink any file with a model; FILE becomes FILE.gtx, which stands beside it."""
+    jobs = _jobs(files, out, lambda path: path.with_name(path.name + SUFFIX))
+    from paramgolf.text import stream
+    from paramgolf.text.blocks import TextModel
+
+    text_model = TextModel(_model_path(model) if model else _newest())
+
+    def work(_: Path | None, reader: BinaryIO, writer: BinaryIO, progress: Callable[[int], None]) -> str:
+        read, written = stream.compress(
+            reader, writer, text_model, tolerance=tolerance, workers=workers or stream.default_workers(),
+            progress=progress,
+        )  # fmt: skip
+        share = f" ({8 * written / read:.3f} bits per byte)" if read else ""
+        return f"{read:,} bytes to {written:,}{share}"
+
+    for source, target in jobs:
+        _convert(source, target, "compress", work)
+
+
+def decompress_command(files: Files = None, model: Model = None, out: Out = None, workers: Workers = 0) -> None:
+    """Bring back what `golf compress` shrank; FILE.gtx becomes FILE."""
+    jobs = _jobs(files, out, _without_suffix)
+    from paramgolf.text import stream
+
+    def work(source: Path | None, reader: BinaryIO, writer: BinaryIO, progress: Callable[[int], None]) -> str:
+        where = "standard input" if source is None else str(source)
+        _, written = stream.decompress(
+            reader, writer, lambda: _find_model(model, source, where), where=where,
+            workers=workers or stream.default_workers(), progress=progress,
+        )  # fmt: skip
+        return f"{written:,} bytes"
+
+    for source, target in jobs:
+        _convert(source, target, "decompress", work)
+
+
+def _jobs(
+    files: list[str] | None, out: Path | None, name: Callable[[Path], Path]
+) -> list[tuple[Path | None, Path | None]]:
+    """(input, output) pairs, None for the standard streams; every refusal comes before any work."""
+    inputs = [None if file == "-" else Path(file) for file in files or ["-"]]
+    if out is not None and len(inputs) > 1:
+        raise GolfError("-o names the output of one file; leave it out or give one file")
+    jobs = []
+    for source in inputs:
+        if source is not None and not source.is_file():
+            raise GolfError(f"{source}: {'is a folder' if source.is_dir() else 'no such file'}; give files")
+        target = None if str(out) == "-" else out or (name(source) if source is not None else None)
+        if target is not None and target.exists():
+            raise GolfError(f"{target} exists; remove it or choose another name with -o")
+        jobs.append((source, target))
+    return jobs
+
+
+def _without_suffix(path: Path) -> Path:
+    if path.suffix != SUFFIX:
+        raise GolfError(f"{path}: its name does not end in {SUFFIX}; name the output with -o")
+    return path.with_suffix("")
+
+
+def _convert(source: Path | None, target: Path | None, verb: str, work: Work) -> None:
+    """Run `work` from input to output and say on stderr what came of it. A file appears whole or not at all."""
+    from paramgolf.data.progress import ProgressReport
+    from paramgolf.files import atomic_path
+
+    label = verb if source is None else f"{verb} {source.name}"
+    try:
+        with ProgressReport() as report, source.open("rb") if source else sys.stdin.buffer as reader:
+            total = source.stat().st_size if source and verb == "compress" else None
+
+            def progress(done: int) -> None:
+                report(label, done, total)
+
+            if target is None:
+                if sys.stdout.isatty() and verb == "compress":
+                    raise GolfError("standard output is a terminal; redirect it or use -o")
+                said = work(source, reader, sys.stdout.buffer, progress)
+                sys.stdout.buffer.flush()
+            else:
+                with atomic_path(target) as temporary, temporary.open("wb") as writer:
+                    said = work(source, reader, writer, progress)
+    except (BrokenPipeError, GolfError):
+        raise
+    except OSError as error:
+        raise GolfError(f"{source or 'standard input'}: {error.strerror or error}; check the file") from error
+    typer.echo(f"{label}: {said}" + (f" -> {target}" if target else ""), err=True)
+
+
+def _model_path(path: Path) -> Path:
+    """`model.golf` itself or the one inside a run folder."""
+    path = path / "model.golf" if path.is_dir() else path
+    if not path.is_file():
+        raise GolfError(f"no artifact at {path}; give a model.golf file or the folder of a finished run")
+    return path
+
+
+def _models() -> list[Path]:
+    """Under runs/, newest first."""
+    found = [path for path in Path("runs").glob("**/model.golf") if path.is_file()]
+    return sorted(found, key=lambda path: (path.stat().st_mtime, str(path)), reverse=True)
+
+
+def _newest() -> Path:
+    models = _models()
+    if not models:
+        raise GolfError("no model: there is no model.golf under runs/; name one with -m, or make one with `golf run`")
+    typer.echo(f"model: {models[0]}", err=True)
+    return models[0]
+
+
+def _find_model(given: Path | None, source: Path | None, where: str) -> TextModel:
+    """The model named with -m, else the one under runs/ that the file was made with."""
+    from paramgolf.files import sha256_file
+    from paramgolf.text.blocks import TextModel
+    from paramgolf.text.format import StreamReader, read_header
+
+    if given is not None:
+        return TextModel(_model_path(given), device="cpu")
+    models = _models()
+    if source is not None:
+        with source.open("rb") as stream:
+            wanted = read_header(StreamReader(stream, where)).model.hex()
+        fitting = [path for path in models if sha256_file(path).startswith(wanted)]
+        if not fitting:
+            raise GolfError(f"{where} was made with model {wanted[:16]}..., which is not under runs/; name it with -m")
+        models = fitting
+    elif not models:
+        raise GolfError("no model: there is no model.golf under runs/; name one with -m")
+    typer.echo(f"model: {models[0]}", err=True)
+    return TextModel(models[0], device="cpu")
+
+
+def is_compressed(path: Path) -> bool:
+    """Whether `golf inspect` is given one of our compressed files."""
+    from paramgolf.text.format import MAGIC
+
+    with path.open("rb") as stream:
+        return stream.read(len(MAGIC)) == MAGIC
+
+
+def inspect_text_file(path: Path, as_json: bool) -> None:
+    """`golf inspect` of a compressed file."""
+    from paramgolf.runner.summary import table_text
+    from paramgolf.text.format import describe
+
+    with path.open("rb") as stream:
+        facts = describe(stream, str(path))
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    frames = cast(dict[str, dict[str, Any]], facts.pop("frames"))
+    rows = [(kind, *(f"{row[key]:,}" for key in ("frames", "raw_bytes", "bytes"))) for kind, row in frames.items()]
+    head = table_text([(key, f"{value:,}" if isinstance(value, int) else str(value)) for key, value in facts.items()])
+    typer.echo(head + "\n\n" + table_text(rows, header=("coded by", "frames", "raw bytes", "bytes")))
