@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,11 +66,12 @@ def find_runs(root: Path, depth: int = 4) -> Iterator[Path]:
         yield record
     elif depth and not (root / "recipe.toml").is_file():
         try:
-            inside = sorted(p for p in root.iterdir() if p.is_dir() and not p.is_symlink() and p.name[0] != ".")
+            with os.scandir(root) as entries:
+                names = sorted(e.name for e in entries if e.name[0] != "." and e.is_dir(follow_symlinks=False))
         except OSError:
             return
-        for folder in inside:
-            yield from find_runs(folder, depth - 1)
+        for name in names:
+            yield from find_runs(root / name, depth - 1)
 
 
 def recipe_table(folder: RunFolder) -> dict[str, Any]:
