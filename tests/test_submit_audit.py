@@ -316,6 +316,12 @@ def test_documented_settings_are_no_finding(folder: Path) -> None:
     assert "log-hparams" not in codes(audit(folder))
 
 
+def test_of_two_runs_in_a_log_the_last_one_counts(folder: Path) -> None:
+    path = folder / "train_seed2.log"
+    path.write_text(log_text(2, SCRIPT.replace("is_boundary", "other")) + "=" * 100 + "\n" + log_text(2))
+    assert codes(audit(folder)) == {"log-order"}
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -123,7 +123,11 @@ def _validation_calls(script: Script) -> Iterator[Finding]:
 
 def _adaptation(script: Script) -> Iterator[Finding]:
     for function in script.functions:
-        if re.search(r"ttt|test_time", function.name) or function.name == "main" or _nested_in_ttt(script, function):
+        if (
+            re.search(r"ttt|test_time|slot|etlb", function.name)
+            or function.name == "main"
+            or _nested_in_ttt(script, function)
+        ):
             continue
         parameters = [a.arg for a in (*function.args.args, *function.args.kwonlyargs)]
         hits = [p for p in parameters if _VAL.search(p) and _VAL_DATA.search(p)]

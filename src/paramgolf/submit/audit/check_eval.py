@@ -75,7 +75,11 @@ def _method(submission: Submission, method: Method, script: Script, name: str, l
     usual = {d.lower() for name, (_, d, _) in environment_defaults(submission.code).items()
              if re.search(method.switch, name, re.I)}  # fmt: skip
     severity = CATALOG[method.code].severity
-    if settings:
+    labelled = [(log, s) for log in submission.logs for s in log.scores if re.search(method.names, s.label, re.I)]
+    if labelled:
+        log, score = labelled[-1]
+        state = f"it made a score ({log.name}:{score.line})"
+    elif settings:
         on = not settings <= _OFF
         state = "on in the logs" if on else "off in the logs"
         severity = severity if on else Severity.NOTE

@@ -22,7 +22,7 @@ def _one(log: Log) -> Iterator[Finding]:
         yield finding("time-unknown", "no training time in the log", log.name)
     elif log.train_ms[0] > LIMIT_MS:
         code = "time-train" if log.train_ms[0] > EDGE * LIMIT_MS else "time-train-edge"
-        yield finding(code, f"training took {log.train_ms[0] / 1000:.1f} s", f"{log.name}:{log.train_ms[1]}")
+        yield finding(code, f"training took {log.train_ms[0] / 1000:.3f} s", f"{log.name}:{log.train_ms[1]}")
     if log.eval_ms is None:
         yield finding("time-unknown", "no evaluation time in the log", log.name)
     elif log.eval_ms[0] > LIMIT_MS:

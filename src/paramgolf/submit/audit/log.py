@@ -12,6 +12,7 @@ from pathlib import Path
 
 MAX_BYTES = 200_000_000
 MAX_LINE = 65_536
+_MAX_PARSES = 10
 _MAX_SECTION = 2 << 20  # bytes kept while looking for the source code in the log
 _KEPT = 2000  # facts of one kind that are remembered; the last ones count
 _FLOAT = r"[-+]?(?:\d+\.?\d*(?:e[-+]?\d+)?|nan|inf)"
@@ -115,9 +116,10 @@ class _Reader:
         self.section: list[str] = []
         self.section_start = 1
         self.section_bytes = 0
+        self.parses_left = _MAX_PARSES
 
     def line(self, number: int, text: str) -> None:
-        if self.log.source is None:
+        if self.parses_left:
             self._section(number, text)
         text = _STAMP.sub("", text)
         if self.in_hparams:
@@ -141,7 +143,8 @@ class _Reader:
 
     def end_section(self) -> None:
         text = "\n".join(self.section)
-        if self.log.source is None and len(text) > 400 and "import " in text and self.section_bytes < _MAX_SECTION:
+        if self.parses_left and len(text) > 400 and "import " in text and self.section_bytes < _MAX_SECTION:
+            self.parses_left -= 1  # a log of several runs: the source of the last one counts
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
