@@ -35,7 +35,8 @@ CACHE_BYTES = 1 << 30  # of the decoder, for the keys and values of all lanes
 _SETTLED = 0.03  # a block that zstd shrinks to less is not worth another try
 _SAMPLES, _SAMPLE_BYTES = 4, 4096
 _LZMA: list[dict[str, int]] = [{"id": lzma.FILTER_LZMA2, "preset": 6}]
-_BINARY = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c\x1d\x1f]")
+_CONTROLS = bytes({*range(32)} - {*b"\t\n\v\f\r\x1b\x1e"})
+_BROKEN = re.compile("[\udc80-\udcff]")
 Progress = Callable[[int, int], None]
 
 
@@ -159,7 +160,8 @@ def encode_block(raw: bytes, header: Header, model: TextModel, progress: Progres
 def is_text(raw: bytes) -> bool:
     """Whether a model of text could be better: few control characters and little that is not UTF-8."""
     head = raw[:65536]
-    wrong = len(_BINARY.findall(head)) + sum("\udc80" <= c <= "\udcff" for c in head.decode("utf-8", "surrogateescape"))
+    controls = len(head) - len(head.translate(None, _CONTROLS))
+    wrong = controls + len(_BROKEN.findall(head.decode("utf-8", "surrogateescape")))
     return wrong <= 0.1 * len(head)
 
 
