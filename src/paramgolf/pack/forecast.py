@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from statistics import NormalDist
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from paramgolf.model.gpt import GPT
 from paramgolf.pack.codecs.base import role
+from paramgolf.pack.solver import k_range
 from paramgolf.pack.stored import TensorSpec, payload_bytes
 from paramgolf.quant.grid import Grid
 from paramgolf.quant.plan import Store, plan, tensor_table
@@ -66,7 +67,11 @@ def plan_bytes(recipe: Recipe, vocab_size: int, *, tokenizer_bytes: int = 0, cod
         columns = spec.shape[-1] if spec.shape else 1
         bits = spec.size * _coded_bits(gaussian_bits(grid.section, columns), spec, recipe.pack.codec, overhead)
         typical += bits
-        low += bits * (1.0 if recipe.pack.codec == "raw" else _low_share(grid.section))
+        least = 1.0 if recipe.pack.codec == "raw" else _low_share(grid.section)
+        if recipe.pack.fit and grid.section.clip == "sdclip":  # the solver may choose any clip
+            coarsest = replace(grid.section, clip_value=k_range(grid.section)[1])
+            bits = spec.size * _coded_bits(gaussian_bits(coarsest, columns), spec, recipe.pack.codec, overhead)
+        low += bits * least
     scales, kept_bytes = _side_bytes(specs)
     side = scales * _SCALE_RATIO + kept_bytes * _KEPT_RATIO
     rest = _FIXED + (tokenizer_bytes if recipe.pack.count == "file" else code_bytes)

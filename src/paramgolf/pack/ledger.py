@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -42,6 +42,7 @@ class Ledger:
     payload_bytes: int = 0
     tensors: int = 0
     weights: int = 0
+    fit: dict[str, Any] = field(default_factory=dict)  # what the solver chose (`solver.Fit`); empty without it
 
     @property
     def file_bytes(self) -> int:
@@ -67,6 +68,7 @@ class Ledger:
             "payload_bytes": self.payload_bytes,
             "tensors": self.tensors,
             "weights": self.weights,
+            "fit": self.fit,
         }
 
 

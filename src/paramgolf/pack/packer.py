@@ -16,6 +16,7 @@ from paramgolf.files import atomic_write
 from paramgolf.model.gpt import GPT
 from paramgolf.pack.container import Artifact, encode_artifact, read_artifact
 from paramgolf.pack.ledger import Ledger, attribute
+from paramgolf.pack.solver import Loss, solve
 from paramgolf.quant.export import export, restore
 from paramgolf.recipe.sections import ModelSection, Recipe
 
@@ -74,32 +75,48 @@ def pack_model(
     code_bytes: int = 0,
     dtype: str = "",
     hessians: Mapping[str, Tensor] | None = None,
+    loss: Loss | None = None,
 ) -> Ledger:
     """Quantise a state dict by the recipe's rules, code it and write the artifact whole or not at all.
+
+    With `pack.fit` the clips are solved for, so that the file fills `budget.bytes`; the ledger says how.
 
     Args:
         tokenizer_compact: the tokenizer's bytes for the file (`Tokenizer.compact()`).
         extra: other named sections.
         code_bytes: size of the code that `pack.count = "challenge"` counts beside the file.
         dtype: see `manifest_of`.
-        hessians: second moments of layer inputs by tensor name, for quantisers that use them.
+        hessians: second moments of layer inputs by tensor name, for quantisers that use them and for `pack.fit`.
+        loss: of a state dict, in nats on held-out training text; `pack.fit` measures with it what errors cost.
 
     Returns the ledger, cap and counting rule included. Raises GolfError when the result is over `budget.bytes`; then
     nothing is written.
     """
-    tensors = export(state, recipe.quant, recipe.model.num_layers, hessians)
-    artifact = Artifact(manifest_of(recipe, vocab_size, dtype), tensors, tokenizer_compact, dict(extra or {}))
-    encoded = encode_artifact(artifact, recipe.pack.codec, recipe.pack.level)
-    ledger = dataclasses.replace(
-        attribute(encoded.parts, tensors),
-        code_bytes=code_bytes,
-        count=recipe.pack.count,
-        cap_bytes=recipe.budget.bytes,
-        codec=encoded.codec,
-    )
+
+    def made(clips: Mapping[str, float] | None, codec: str) -> tuple[bytes, Ledger]:
+        tensors = export(state, recipe.quant, recipe.model.num_layers, hessians, clips)
+        manifest = manifest_of(recipe, vocab_size, dtype) | ({"fit": True} if clips else {})
+        artifact = Artifact(manifest, tensors, tokenizer_compact, dict(extra or {}))
+        encoded = encode_artifact(artifact, codec, recipe.pack.level)
+        ledger = dataclasses.replace(
+            attribute(encoded.parts, tensors),
+            code_bytes=code_bytes,
+            count=recipe.pack.count,
+            cap_bytes=recipe.budget.bytes,
+            codec=encoded.codec,
+        )
+        return encoded.data, ledger
+
+    clips, fit = None, {}
+    if recipe.pack.fit:
+        # The byte coders take minutes where rans takes a second, and `auto` has it among its candidates.
+        fast = "rans" if recipe.pack.codec == "auto" else recipe.pack.codec
+        solved = solve(state, recipe, lambda clips: made(clips, fast)[1].counted_bytes, hessians or {}, loss)
+        clips, fit = solved.clips, solved.facts()
+    data, ledger = made(clips, recipe.pack.codec)
     check_cap(ledger)
-    atomic_write(path, encoded.data)
-    return ledger
+    atomic_write(path, data)
+    return dataclasses.replace(ledger, fit=fit)
 
 
 def check_cap(ledger: Ledger) -> None:

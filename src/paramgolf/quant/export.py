@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -28,11 +29,13 @@ def export(
     section: QuantSection,
     num_layers: int,
     hessians: Mapping[str, Tensor] | None = None,
+    clips: Mapping[str, float] | None = None,
 ) -> list[StoredTensor]:
     """Every tensor of a state dict as the rules of `section` store it, in the order of `state`.
 
     Quantised tensors go through `QUANTIZERS[section.method]` (with the input second moments `hessians`, keyed by tensor
-    name, where given); others are cast. The weights are taken as float32, whatever type and device they have.
+    name, where given); others are cast. `clips` replace the grid's `clip_value` for the
+    tensors they name. The weights are taken as float32, whatever type and device they have.
     Raises GolfError for non-finite weights, for values too large for float16, and for tensors without a rule.
     """
     quantize = QUANTIZERS[section.method]
@@ -47,9 +50,11 @@ def export(
         elif stores[name].grid is None:
             out.append(_kept(name, weight.float(), stores[name].name))
         else:
-            hessian = (hessians or {}).get(name)
+            hessian, grid = (hessians or {}).get(name), grids[stores[name].name]
+            if clips and name in clips:
+                grid = Grid(replace(grid.section, clip_value=clips[name]))
             try:
-                codes, scale = quantize(weight.float(), grids[stores[name].name], hessian)
+                codes, scale = quantize(weight.float(), grid, hessian)
             except GolfError as error:
                 raise GolfError(f"tensor {name}: {error}") from None
             out.append(_quantised(name, stores[name], codes, scale))

@@ -7,6 +7,9 @@ that were always zero have their weights set to zero. Runs on any device; the fa
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -38,7 +41,8 @@ def quantize(weight: Tensor, grid: Grid, hessian: Tensor | None = None) -> tuple
     scale_R1 = grid.row_scale(weight.float())
     order, upper_CC, dead_C = _factor(hessian.to(weight.device))
     work_RC = weight.float().masked_fill(dead_C, 0.0)[:, order]
-    codes_RC = _round_columns(work_RC, scale_R1, upper_CC.float(), grid)
+    with _one_thread(weight.device):
+        codes_RC = _round_columns(work_RC, scale_R1, upper_CC.float(), grid)
     restored = torch.empty_like(codes_RC)
     restored[:, order] = codes_RC
     return restored, scale_R1.squeeze(-1).to(grid.scale_dtype)
@@ -64,6 +68,18 @@ def _factor(hessian_CC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             if not int(failed):
                 return order, upper, dead
     raise GolfError("the Hessian is not positive semi-definite; calibrate on more text (quant.calibration_tokens)")
+
+
+@contextmanager
+def _one_thread(device: torch.device) -> Iterator[None]:
+    """Thousands of small operations: handing each to several CPU threads takes longer, far longer if it is busy."""
+    threads = torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _round_columns(work_RC: Tensor, scale_R1: Tensor, upper_CC: Tensor, grid: Grid) -> Tensor:

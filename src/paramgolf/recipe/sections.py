@@ -157,6 +157,7 @@ class RuleSection:
 class QuantSection:
     __pydantic_config__ = STRICT
     method: str = "rtn"  # a name of quant.QUANTIZERS
+    calibration_tokens: Positive = 65_536  # training text that gptq reads before packing, over all ranks
     grids: dict[str, GridSection] = field(default_factory=dict)
     rules: tuple[RuleSection, ...] = ()  # in order; non-float tensors are kept as they are before any rule
     qat: str = (
@@ -174,6 +175,8 @@ class PackSection:
     codec: str = "auto"  # a name of pack.CODECS, or auto = the smallest
     level: int = -1  # -1 = the codec's strongest
     count: Literal["file", "challenge"] = "file"  # what the byte cap counts
+    fit: bool = False  # choose the clips of sdclip grids so that the file fills budget.bytes
+    fit_tokens: Positive = 16_384  # training text on which `fit` measures what an error costs
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,8 +6,9 @@ budget counts are the design's: tokenising, scoring and the report are measured 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,9 @@ from paramgolf.pack.forecast import forecast, plan_bytes
 from paramgolf.pack.ledger import Ledger
 from paramgolf.pack.packer import load_model, pack_model
 from paramgolf.pack.registry import CODECS
-from paramgolf.quant.registry import QUANTIZERS
+from paramgolf.pack.solver import Loss
+from paramgolf.quant.hessian import collect, seconds_for, training_loss
+from paramgolf.quant.registry import CALIBRATED, QUANTIZERS
 from paramgolf.recipe.sections import Recipe
 from paramgolf.runner.folder import RunFolder, claim
 from paramgolf.runner.peers import compress_peers
@@ -41,6 +44,7 @@ from paramgolf.train.session import TrainOutput, train_recipe
 # Seconds to quantise and code a million weights, on one slow core, with room to spare: what training leaves of its
 # budget when the recipe counts packing. `auto` tries every codec in both orientations.
 PACK_SECONDS = {"raw": 0.2, "rans": 0.8, "zlib": 3.0, "lzma": 5.0, "zstd": 5.0, "brotli": 8.0, "auto": 40.0}
+FIT_FACTOR = 5.0
 PEER_TEXT_LIMIT = 64 * 2**20  # larger validation texts are not put through the general compressors
 
 
@@ -184,9 +188,29 @@ class Job:
         return Phases(quiet=not self.dist.is_main)
 
     def _packing_seconds(self) -> float:
-        """What quantising and coding will take of the budget."""
+        """What calibrating, quantising and coding will take of the budget."""
         plan = plan_bytes(self.recipe, self.vocab_size)
-        return 1.0 + PACK_SECONDS.get(self.recipe.pack.codec, PACK_SECONDS["auto"]) * plan.params / 1e6
+        seconds = 1.0 + PACK_SECONDS.get(self.recipe.pack.codec, PACK_SECONDS["auto"]) * plan.params / 1e6
+        if self._calibrates:
+            tokens = self.recipe.quant.calibration_tokens / self.dist.world
+            seconds += seconds_for(plan.params, tokens, self.dist.device)
+        # the solver quantises and codes several times, and reads some training text for each group of tensors
+        return seconds * (FIT_FACTOR if self.recipe.pack.fit else 1.0)
+
+    @property
+    def _calibrates(self) -> bool:
+        return self.recipe.quant.method in CALIBRATED or self.recipe.pack.fit
+
+    def _calibrate(self, model: GPT) -> dict[str, torch.Tensor]:
+        """What the layers read on training text, where the quantiser wants to know; all ranks take part."""
+        if not self._calibrates:
+            return {}
+        recipe = self.recipe
+        with self.clock.phase("calibrate"), self.phases.of("calibrating on training text") as progress:
+            return collect(
+                model, self.dataset.train_tokens(), seq_len=recipe.train.seq_len,
+                tokens=recipe.quant.calibration_tokens, dist=self.dist, progress=progress,
+            )  # fmt: skip
 
     def _forecast(self, model: torch.nn.Module) -> str:
         size = forecast(model.state_dict(), self.recipe, tokenizer_bytes=len(self.tokenizer_bytes))
@@ -206,18 +230,32 @@ class Job:
             return self._score(model, "scoring the trained weights", stride=0)
 
     def pack(self, trained: TrainOutput) -> Ledger:
-        """Quantise, code and write `model.golf` on the main rank; every rank waits for the file."""
+        """Calibrate on all ranks; quantise, code and write `model.golf` on the main one; every rank waits for it."""
+        hessians = self._calibrate(trained.model)
+        loss = self._training_loss(trained.model) if self.recipe.pack.fit else None
         ledgers: list[Ledger] = []
 
         def write() -> None:
             with self.clock.phase("pack"), self.phases.of(f"packing ({self.recipe.pack.codec})"):
                 ledgers.append(pack_model(
                     trained.model.state_dict(), self.recipe, self.tokenizer_bytes, self.folder.artifact,
-                    self.vocab_size, dtype=trained.result.dtype,
+                    self.vocab_size, dtype=trained.result.dtype, hessians=hessians,
+                    loss=loss,
                 ))  # fmt: skip
 
         _on_main(self.dist, write)
         return ledgers[0] if ledgers else Ledger({})
+
+    def _training_loss(self, trained: GPT) -> Loss:
+        """What measures the loss of a state dict on training text between the windows of the calibration."""
+        recipe, shards = self.recipe, self.dataset.train_tokens()
+        model = copy.deepcopy(trained).eval()
+
+        def loss(state: Mapping[str, torch.Tensor]) -> float:
+            model.load_state_dict(state)
+            return training_loss(model, shards, seq_len=recipe.train.seq_len, tokens=recipe.pack.fit_tokens)
+
+        return loss
 
     def score_artifact(self) -> dict[str, Any]:
         """The file as read back from disk: standard score, and sliding if the recipe asks for it."""
@@ -262,6 +300,7 @@ class Job:
             "ledger": ledger.groups,
             "codec": ledger.codec,
             "payload_bytes": ledger.payload_bytes,
+            "fit": ledger.fit,
             "params": sum(p.numel() for p in trained.model.parameters()),
             "steps": result.steps,
             "train_tokens": result.tokens,
