@@ -44,7 +44,8 @@ from paramgolf.train.session import TrainOutput, train_recipe
 # Seconds to quantise and code a million weights, on one slow core, with room to spare: what training leaves of its
 # budget when the recipe counts packing. `auto` tries every codec in both orientations.
 PACK_SECONDS = {"raw": 0.2, "rans": 0.8, "zlib": 3.0, "lzma": 5.0, "zstd": 5.0, "brotli": 8.0, "auto": 40.0}
-FIT_FACTOR = 5.0
+FIT_FACTOR = 5.0  # of those seconds, for a solver's several encodes
+FIT_READS = 3.0  # nine forwards, each a third of the work of calibrating on the same text
 PEER_TEXT_LIMIT = 64 * 2**20  # larger validation texts are not put through the general compressors
 
 
@@ -191,11 +192,13 @@ class Job:
         """What calibrating, quantising and coding will take of the budget."""
         plan = plan_bytes(self.recipe, self.vocab_size)
         seconds = 1.0 + PACK_SECONDS.get(self.recipe.pack.codec, PACK_SECONDS["auto"]) * plan.params / 1e6
+        tokens = self.recipe.quant.calibration_tokens / self.dist.world
+        if self.recipe.pack.fit:  # the solver quantises and codes several times, and reads text for each group
+            seconds *= FIT_FACTOR
+            tokens += FIT_READS * self.recipe.pack.fit_tokens
         if self._calibrates:
-            tokens = self.recipe.quant.calibration_tokens / self.dist.world
             seconds += seconds_for(plan.params, tokens, self.dist.device)
-        # the solver quantises and codes several times, and reads some training text for each group of tensors
-        return seconds * (FIT_FACTOR if self.recipe.pack.fit else 1.0)
+        return seconds
 
     @property
     def _calibrates(self) -> bool:
