@@ -1,4 +1,4 @@
-"""`golf compress` and `golf decompress`: files made of a model's predictions."""
+"""`golf compress`, `golf decompress` and `golf prove`: files made of a model's predictions."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ def register(app: typer.Typer) -> None:
     """Add the commands to `golf`."""
     app.command("compress", epilog="Example: golf compress notes.txt -m runs/pocket-1")(compress_command)
     app.command("decompress", epilog="Example: golf decompress notes.txt.gtx -m runs/pocket-1")(decompress_command)
+    app.command("prove", epilog="Example: golf prove runs/pocket-1 --data val.txt --limit 1000000")(prove_command)
 
 
 def compress_command(
@@ -75,6 +76,58 @@ def decompress_command(files: Files = None, model: Model = None, out: Out = None
 
     for source, target in jobs:
         _convert(source, target, "decompress", work)
+
+
+def prove_command(
+    artifact: Annotated[Path, typer.Argument(help="A model.golf file, or the folder of the run that made it.")],
+    data: Annotated[str, typer.Option(help="The documents, or shards; of a folder its validation part.")],
+    limit: Annotated[int, typer.Option(min=0, help="Prove the first so many bytes; 0 = all.")] = 0,
+    stride: Annotated[int, typer.Option(min=0, help="Windows that advance by this many tokens; 0 = standard.")] = 0,
+    tolerance: Annotated[float, typer.Option(min=0.0, max=0.05, help="As for compress.")] = 1e-4,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
+) -> None:
+    """Code documents with the model, decode them in another process, compare: the score as the size of a file."""
+    from paramgolf.text.prove import prove
+
+    proof = prove(
+        _model_path(artifact), data, limit=limit, stride=stride, tolerance=tolerance,
+        say=lambda line: typer.echo(line, err=True),
+    )  # fmt: skip
+    if artifact.is_dir():
+        _record_proof(artifact, proof)
+    typer.echo(json.dumps(proof, indent=2) if as_json else _proof_text(proof))
+
+
+def _record_proof(root: Path, proof: dict[str, Any]) -> None:
+    """Put the proof into the run's record, which is sealed again; a record that was changed by hand is not."""
+    from paramgolf.runner.folder import RunFolder
+    from paramgolf.runner.record import SEAL, seal, write_record
+
+    folder = RunFolder(root)
+    record = folder.read_record()
+    if record is None:
+        typer.echo(f"note: {folder.record} is not there; the proof is not recorded", err=True)
+        return
+    if seal(record)[SEAL] != record.get(SEAL) or record["sha256"]["artifact"] != proof["model_sha256"]:
+        raise GolfError(f"{folder.record} does not match its seal or its artifact; the proof is not recorded in it")
+    write_record(folder, record | {"proved_bpb": proof["proved_bpb"], "proof": proof})
+
+
+def _proof_text(proof: dict[str, Any]) -> str:
+    from paramgolf.runner.summary import table_text
+
+    what = f"{proof['documents']:,} documents" if proof["documents"] is not None else "a token stream, no documents"
+    windows = f"windows of {proof['seq_len']}, stride {proof['stride']}, {proof['lanes']} lanes"
+    rows = [
+        ("proved_bpb", f"{proof['proved_bpb']:.6f}"),
+        ("val_bpb of the same windows", f"{proof['val_bpb_same_windows']:.6f}"),
+        ("overhead", f"{100 * proof['overhead']:.3f} %"),
+        ("file", f"{proof['file_bytes']:,} bytes"),
+        ("text", f"{proof['text_bytes']:,} bytes"),
+        ("encoding", f"{proof['encode_bytes_per_second'] / 1000:.1f} kB/s"),
+        ("decoding", f"{proof['decode_bytes_per_second'] / 1000:.1f} kB/s"),
+    ]
+    return table_text(rows, title=f"proved: {what} came back from the file ({windows})")
 
 
 def _jobs(
