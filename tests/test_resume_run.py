@@ -160,10 +160,12 @@ def test_resume_without_a_folder_takes_the_newest_unfinished_run(
     assert (folder / "model.golf").read_bytes() == artifact and (folder / "record.json").is_file()
 
 
-def test_other_data_is_refused(capfd: CapFd, data: Path, straight: Path, tmp_path: Path) -> None:
+def test_other_data_and_a_second_process_are_refused(capfd: CapFd, data: Path, straight: Path, tmp_path: Path) -> None:
     out, other = tmp_path / "run", tmp_path / "other.txt"
     process = start(data, out)
     wait_for(process, lambda: logged(out) >= 5)
+    answer = golf_here(capfd, *arguments(data, out, "--resume"))
+    assert process.poll() is not None or "another process is running in it" in error_line(answer)
     process.kill()
     process.communicate()
     other.write_text(prose()[::-1])
@@ -177,18 +179,23 @@ def test_other_data_is_refused(capfd: CapFd, data: Path, straight: Path, tmp_pat
 
 def test_a_time_budget_counts_what_was_spent_before(capfd: CapFd, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    timed = ["budget.steps=0", "budget.seconds=4", "budget.clock=challenge", "pack.codec=zlib", "average.select=always"]
+    timed = [
+        "budget.steps=0", "budget.seconds=8", "budget.clock=challenge", "budget.count_packing=false",
+        "train.checkpoint_every_steps=2", "average.select=always", "quant.post_qat_frac=0.02",
+    ]  # fmt: skip
     process = start(data, out, *timed)
-    wait_for(process, lambda: logged(out) >= 20)
+    wait_for(process, lambda: logged(out) >= 8)
     process.kill()
     process.communicate()
+    if process.returncode != -signal.SIGKILL:
+        pytest.skip("the machine is so busy that the run ended before it could be killed")
     first = [json.loads(line) for line in (out / "train.jsonl").read_text().splitlines()]
     answer = golf_here(capfd, *arguments(data, out, *timed, "--resume", "--json"))
     assert answer.code == 0, answer.err
     record = json.loads(answer.out)
     rows = [json.loads(line) for line in (out / "train.jsonl").read_text().splitlines()]
     again = [row for row in rows if row["step"] > record["training"]["resumed_from"]]
-    assert record["training"]["resumed_from"] >= 16 and again
+    assert record["training"]["resumed_from"] >= 4 and again
     assert again[0]["elapsed"] > first[-1]["elapsed"], "the lost steps are counted too"
     assert record["training"]["stop_reason"] == "seconds"
     assert record["seconds"]["challenge"] > rows[-1]["elapsed"]

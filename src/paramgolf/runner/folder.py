@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -56,12 +57,24 @@ class RunFolder:
         if changed:
             raise GolfError(f"--resume: {', '.join(changed)} of the data differ from {self.data}; give the run's data")
 
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Refuse a folder in which another process is at work; the lock goes with the process, however it ends."""
+        path = self.root / ".lock"
+        try:
+            with path.open("w") as stream:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                yield
+                path.unlink(missing_ok=True)
+        except BlockingIOError:
+            raise GolfError(f"{self.root}: another process is running in it; wait for it or stop it first") from None
+
     def abandon(self) -> None:
         """Leave nothing of a run that ended before its first step."""
         begun = self.log.is_file() and self.log.stat().st_size
         if begun or any((self.root / "checkpoints").glob("*")):
             return
-        for path in (self.root / "recipe.toml", self.data, self.log):
+        for path in (self.root / "recipe.toml", self.root / ".lock", self.data, self.log):
             path.unlink(missing_ok=True)
         for folder in (self.root / "checkpoints", self.root):
             with contextlib.suppress(OSError):  # not there, or with something of the user's in it

@@ -26,7 +26,8 @@ SECONDS = {
     "calibrate": "calibrating",
     "pack": "quantising and coding",
     "read": "reading the file back",
-    "score": "scoring",
+    "score_floats": "scoring before quantisation",
+    "score": "scoring the file",
     "peers": "other compressors",
 }
 
