@@ -7,6 +7,7 @@ budget counts are the design's: tokenising, scoring and the report are measured 
 from __future__ import annotations
 
 import copy
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -80,12 +81,14 @@ def run(
     if finished is not None:
         Phases(quiet=not dist.is_main).note(f"{folder.root} holds a finished run: nothing to do")
         return finished if dist.is_main else None
-    try:
-        record = _work(recipe, folder, dist, clock, resume)
-    except BaseException:
-        if dist.is_main:
-            folder.abandon()
-        raise
+    with contextlib.ExitStack() as held:
+        _on_main(dist, lambda: held.enter_context(folder.locked()))
+        try:
+            record = _work(recipe, folder, dist, clock, resume)
+        except BaseException:
+            if dist.is_main:
+                folder.abandon()
+            raise
     dist.close()
     return record
 
