@@ -6,8 +6,8 @@ budget counts are the design's: tokenising, scoring and the report are measured 
 
 from __future__ import annotations
 
-import copy
 import contextlib
+import copy
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
