@@ -16,7 +16,7 @@ ROW_FLOOR = 1e-7
 
 
 class MuonEqR(Muon):
-    coefficients = ns.POLAR_EXPRESS
+    coefficients: ns.Coefficients | tuple[ns.Coefficients, ...] = ns.POLAR_EXPRESS
     safety = 1.02  # the polynomials are exact up to singular value 1; low-precision products overshoot it a little
 
     def direction(self, grads: Tensor, state: State, momentum: float) -> Tensor:
