@@ -86,7 +86,8 @@ def test_progress_goes_to_stderr_and_the_result_to_stdout(capfd: CapFd, tmp_path
     text.write_text(prose())
     answer = golf_here(capfd, "run", "pocket", *SHORT, "--data", text, "--out", tmp_path / "run")
     assert answer.code == 0
-    for announced in ("step 1", "step 2", "packing", "scoring the file"):
+    assert "scoring the file" in answer.err
+    for announced in ("step 1 ", "step 2 ", "packing", "scoring the trained weights"):
         assert announced in answer.err and announced not in answer.out
     assert "bits per byte" in answer.out and "model.golf" in answer.out
     assert "\x1b" not in answer.out + answer.err, "no colours where there is no terminal"
