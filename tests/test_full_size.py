@@ -32,6 +32,9 @@ PARAMS = {  # as the logs of the published runs state them; the script of PR 137
     "baseline": 17_059_912, "pr107": 21_336_136, "pr114": 21_778_504, "pr128": 21_778_504, "pr137": 21_778_504,
 }  # fmt: skip
 CAP = 16_000_000
+# Weights still near their uniform start fill an adaptive grid evenly: 6.0 bits each where trained ones leave 5.3, and
+# with the matrices at 3x that is 0.4 % over the cap. Ten times the learning rate takes three steps as far as thirty.
+FAR = {name: ["optim.matrix_lr=0.3"] for name in ("pr128", "pr137", "pr137-script")}
 SHORT = [
     "train.batch_tokens=8192", "train.compile=off", "train.log_every=1", "schedule.warmup_steps=0",
     "budget.seconds=0", "budget.steps=3", "score.batch_tokens=8192",
@@ -59,7 +62,8 @@ def say(name: str, what: str, **numbers: Any) -> None:
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_three_steps_at_full_size(name: str, text: list[str], tmp_path: Path) -> None:
     stride = ["score.stride=1024"] if load_recipe(name).score.stride else []  # the size does not depend on it
-    record = run(load_recipe(name, [*SHORT, *stride, *text]), out=tmp_path / "run", clock=Clock(age=0.0))
+    recipe = load_recipe(name, [*SHORT, *stride, *FAR.get(name, []), *text])
+    record = run(recipe, out=tmp_path / "run", clock=Clock(age=0.0))
     assert record is not None
     say(name, "three steps", bytes=record["total_bytes"], codec=record["codec"], val_bpb=record["val_bpb"],
         seconds={k: round(v, 1) for k, v in record["seconds"].items()})  # fmt: skip
