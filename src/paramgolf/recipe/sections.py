@@ -131,13 +131,16 @@ class GridSection:
 
     __pydantic_config__ = STRICT
     bits: Annotated[int, Field(ge=2, le=8)] = 8
-    clip: Literal["rowmax", "quantile", "sdclip", "search"] = "rowmax"
+    clip: Literal["rowmax", "quantile", "sdclip", "search", "mse"] = "rowmax"  # docs/quantisation.md
     clip_value: NonNegative = 0.0  # the quantile, or k of k x std
+    row_weight: Fraction = 0.0  # sdclip with Hessians: k of a row times 1 + row_weight (its importance - 1) (#1412)
     floor: NonNegative = 0.0  # absolute lower bound of the scale (references: 1/31, 1/127); 0 = none
     eps: NonNegative = 0.0  # lower bound of the clip before the scale is formed (references: 1e-8, 1e-12)
     scale_dtype: Literal["float16", "float32"] = "float16"
+    scale_bits: Annotated[int, Field(ge=2, le=10)] = 10  # mantissa bits that a float16 scale keeps; 10 = all
     round_scale_first: bool = True  # False = the references that code with the unrounded scale
-    low_code: Literal["symmetric", "full"] = "symmetric"  # full = the extra code -2^(b-1) may be used
+    # full = the extra code -2^(b-1) may be used; half = it too, with the scale clip / (2^(b-1) - 1/2) (LQER)
+    low_code: Literal["symmetric", "full", "half"] = "symmetric"
     packed: bool = False  # stored bit-packed (PR 107: four 6-bit codes in three bytes) instead of one byte a code
 
 
@@ -160,6 +163,11 @@ class QuantSection:
     calibration_tokens: Positive = 65_536  # training text that gptq reads before packing, over all ranks
     grids: dict[str, GridSection] = field(default_factory=dict)
     rules: tuple[RuleSection, ...] = ()  # in order; non-float tensors are kept as they are before any rule
+    coarse_grid: str = ""  # the matrices that bear it best go on this grid instead of their own ...
+    coarse_fraction: Fraction = 0.0  # ... this fraction of the matrices on grids of more bits
+    lqer_tensors: Count = 0  # matrices, those of largest error, that get a low-rank correction; 0 = none
+    lqer_rank: Positive = 4
+    lqer_group: Positive = 64  # entries of the right factor that share a scale
     qat: str = (
         ""  # fake quantisation of linear weights in training: "export" (each tensor's own grid), a grid, or "" = none
     )
