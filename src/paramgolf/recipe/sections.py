@@ -51,13 +51,19 @@ class ModelSection:
     logit_softcap: NonNegative = 30.0  # 0 = none
     tie_embeddings: bool = True
     embed_init_std: Annotated[float, Field(gt=0)] = 0.005
-    init: Literal["default", "orthogonal"] = "default"  # orthogonal = PR 137's script
+    # orthogonal = PR 137's script (output maps too, scaled); orthogonal_zero = the same with output maps at zero
+    init: Literal["default", "orthogonal", "orthogonal_zero"] = "default"
     skips: Literal["unet", "none"] = "unet"
     skip_gates: bool = False  # x <- g x + (1 - g) skip with a learned gate a channel, one half at the start (#1089)
     lanes_from: Annotated[int, Field(ge=-1)] = -1  # first layer of two-lane residuals (see model/lanes.py); -1 = none
     lane_merge: Literal["mean", "attn", "mlp"] = "mean"  # the lane, or their mean, that leaves the last layer
     norm_eps: Annotated[float, Field(gt=0)] = 1.1920929e-07
     ln_scale: bool = False  # branch inputs of layer l (from 0) times 1 / sqrt(l + 1)
+    embed_dim: Count = 0  # width of the token embedding and head, mapped to and from `dim` (#1394); 0 = dim
+    parallel_from: Annotated[int, Field(ge=-1)] = -1  # from this layer on both branches read one input; -1 = none
+    loop_layers: tuple[int, ...] = ()  # (first, last) of the layers that run again (depth recurrence); () = none
+    loop_extra: Count = 0  # so many more times
+    document_mask: bool = False  # a token sees nothing before the begin-of-document token of its own document
     parts: dict[str, dict[str, Any]] = field(default_factory=dict)  # optional components by registry name
 
 
@@ -95,6 +101,9 @@ class ScheduleSection:
     momentum_warmup_start: Fraction = 0.85
     momentum_warmup_steps: Count = 500
     momentum_warmup_frac: Fraction = 0.0  # > 0: ramp over this fraction of the time budget instead (PR 137)
+    loop_at: tuple[Fraction, ...] = (0.0,)  # part of the budget at which model.loop_extra begins; several: one for each
+    decay_taper_at: Fraction = 1.0  # matrix weight decay falls linearly from this part of the budget on ...
+    decay_taper_to: Fraction = 1.0  # ... to so much of itself at the end (#1729)
 
 
 @dataclass(frozen=True, kw_only=True)
