@@ -90,7 +90,6 @@ def decode_stream(
     Raises GolfError if `data` is no coded stream of this vocabulary, CheckFailed if the tokens do not match their
     checksum.
     """
-    stride = stride or seq_len
     decoder = coder.Decoder(data)
     if decoder.settings.vocab_size != model.vocab_size:
         raise GolfError(
@@ -98,21 +97,40 @@ def decode_stream(
             f"{model.vocab_size}; use the model it was coded with"
         )
     lanes, steps = len(decoder.lengths), int(decoder.lengths.max())
-    device = model.tok_emb.weight.device
-    columns = [np.full(lanes, first_token, dtype=np.int64)]  # of the streams, so far
-    cache, start = KVCache(seq_len), 0
+    stepper = Stepper(model, np.full(lanes, first_token), seq_len=seq_len, stride=stride)
     with evaluating(model, seq_len):
         while not decoder.done:
-            read = decoder.position - start  # tokens of this window already in the cache
-            if read == seq_len:  # the next window of the plan: read again what it shares with this one
-                start += stride
-                cache.reset()
-                read = 0
-            unread = np.stack(columns[start + read :], axis=1)
-            logits = model.logits(torch.from_numpy(unread).to(device), cache, last_only=True)[:, -1]
-            columns.append(np.maximum(decoder.step(logits), 0))
+            stepper.append(np.maximum(decoder.step(stepper.logits()), 0))
             if progress is not None:
                 progress(decoder.position, steps)
     decoder.finish()
-    whole = np.stack(columns, axis=1)
+    whole = np.stack(stepper.columns, axis=1)
     return [row[: length + 1] for row, length in zip(whole, decoder.lengths.tolist(), strict=True)]
+
+
+class Stepper:
+    """The model read token by token with a KV cache, all lanes side by side, in the windows of the `exact` plan.
+
+    Call it inside `evaluating(model, seq_len)`.
+    """
+
+    def __init__(self, model: GPT, first: np.ndarray, *, seq_len: int, stride: int = 0) -> None:
+        """`first`: int (lanes,), the first token of each lane. `stride` 0 = `seq_len`."""
+        self._model, self._seq_len, self._stride = model, seq_len, stride or seq_len
+        self._cache, self._start, self._read = KVCache(seq_len), 0, 0
+        self.columns = [first.astype(np.int64)]  # of the streams, so far
+
+    def append(self, tokens: np.ndarray) -> None:
+        """The next token of every lane, int (lanes,)."""
+        self.columns.append(tokens.astype(np.int64))
+
+    def logits(self) -> torch.Tensor:
+        """(lanes, V) float32 for the token after the newest; once for each token."""
+        if self._read == self._seq_len:  # the next window of the plan: read again what it shares with this one
+            self._start += self._stride
+            self._cache.reset()
+            self._read = 0
+        unread = np.stack(self.columns[self._start + self._read :], axis=1)
+        self._read += unread.shape[1]
+        ids = torch.from_numpy(unread).to(self._model.tok_emb.weight.device)
+        return self._model.logits(ids, self._cache, last_only=True)[:, -1]
