@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 
 import sentencepiece
 
+from paramgolf.data import caseops
 from paramgolf.data.compact import canonical
 from paramgolf.data.sp_model import NORMAL, SPACE, build, own_pieces, parse
 from paramgolf.data.tokenizer import Tokenizer
@@ -31,43 +32,52 @@ def _sentences(text: str) -> Iterator[str]:
         start = end
 
 
-def _alphabet(texts: list[str], limit: int) -> str:
+def _alphabet(texts: list[str], limit: int, reserved: str) -> str:
     """The characters that get a piece of their own: frequent enough to pay for a place in the vocabulary."""
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update(text)
     least = max(4, sum(counts.values()) // 200_000)
-    kept = [(-n, char) for char, n in counts.items() if n >= least and char not in _RESERVED]
+    kept = [(-n, char) for char, n in counts.items() if n >= least and char not in reserved]
     return "".join(char for _, char in sorted(kept)[:limit])
 
 
-def train_bpe(documents: Iterable[bytes], vocab_size: int, *, split_digits: bool = True) -> Tokenizer:
+def train_bpe(
+    documents: Iterable[bytes], vocab_size: int, *, split_digits: bool = True, case_operators: bool = False
+) -> Tokenizer:
     """A reversible tokenizer of at most `vocab_size` pieces learned from `documents` (UTF-8, held in memory).
 
     A text too short for so many merges gives fewer pieces; `vocab_size` <= 260 or hardly any text gives bytes alone.
-    The result depends on the text and the arguments only.
+    With `case_operators` it is a CaseOps tokenizer (see caseops.py), learned from the transformed text. The result
+    depends on the text and the arguments only.
     """
-    if vocab_size < BYTE_PIECES:
-        raise GolfError(f"data.vocab_size = {vocab_size}: the 4 controls and 256 bytes alone take {BYTE_PIECES} pieces")
+    symbols = caseops.OPERATORS if case_operators else ""
+    least = BYTE_PIECES + len(symbols)
+    if vocab_size < least:
+        what = "the 4 controls, 4 case operators" if symbols else "the 4 controls"
+        raise GolfError(f"data.vocab_size = {vocab_size}: {what} and 256 bytes alone take {least} pieces")
     texts = [str(document, "utf-8", "replace") for document in documents]
-    room = vocab_size - BYTE_PIECES
-    merges, chars = _learn(texts, room, split_digits) if room and any(texts) else ([], [])
-    return Tokenizer(build(own_pieces(merges, chars)))
+    if symbols:
+        texts = [caseops.encode(text) for text in texts]
+    room = vocab_size - least
+    merges, chars = _learn(texts, room, split_digits, symbols) if room and any(texts) else ([], [])
+    return Tokenizer(build(own_pieces(merges, chars, symbols)))
 
 
-def _learn(texts: list[str], room: int, split_digits: bool) -> tuple[list[str], list[str]]:
+def _learn(texts: list[str], room: int, split_digits: bool, symbols: str = "") -> tuple[list[str], list[str]]:
     """(merged pieces in priority order, single characters in code-point order), together at most `room`."""
-    alphabet = _alphabet(texts, max(room // 2, 1))
+    alphabet = _alphabet(texts, max(room // 2, 1), _RESERVED + symbols)
     if len(alphabet) < 2:
         return [], []
-    others = re.compile(f"[^{re.escape(alphabet)}]")
+    others = re.compile(f"[^{re.escape(alphabet)}{symbols}]")
     out = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=(part for text in texts for part in _sentences(others.sub(_NO_CHARACTER, text))),
             model_writer=out,
             model_type="bpe",
-            vocab_size=BYTE_PIECES + room,
+            vocab_size=BYTE_PIECES + len(symbols) + room,
+            user_defined_symbols=list(symbols),
             hard_vocab_limit=False,
             character_coverage=1.0,
             normalization_rule_name="identity",

@@ -1,4 +1,5 @@
-"""The tokenizer as the artifact carries it. First byte: 0 = the model file under lzma, 1 = a model of our own, coded.
+"""The tokenizer as the artifact carries it. First byte: 0 = the model file under lzma, 1 = a model of our own, coded,
+2 = one of our own with case operators.
 
 A model of our own is two lists of pieces (see `sp_model.own_pieces`): single characters, coded as gaps between code
 points, and merges. A merge is the concatenation of two earlier pieces and is coded as that pair. The order of merges
@@ -12,6 +13,7 @@ from __future__ import annotations
 import lzma
 from collections.abc import Sequence
 
+from paramgolf.data.caseops import OPERATORS
 from paramgolf.data.range_coder import Bit, Decoder, Encoder, Frequencies, Number
 from paramgolf.data.sp_model import NORMAL, build, own_pieces, parse
 from paramgolf.errors import GolfError
@@ -23,6 +25,7 @@ _FILTERS = [
 _MAX_PIECE = 256  # characters
 _MAX_PIECES = 65536
 _BUCKET_SHARE, _BUCKET_LEAST = 8, 16
+_OWN = {b"\1": "", b"\2": OPERATORS}  # first byte -> user-defined symbols of a model of our own
 _ADD, _NEW = 4, 1  # frequency of a right half: 4 for each use, 1 before the first
 
 Pair = tuple[int, int]
@@ -36,10 +39,11 @@ def pack(model: bytes) -> bytes:
     """The smallest form of a model file that `unpack` turns back into the same bytes."""
     pieces = [piece.text for piece in parse(model).pieces if piece.kind == NORMAL]
     merges, chars = [p for p in pieces if len(p) > 1], [p for p in pieces if len(p) == 1]
-    if chars == sorted(chars) and build(own_pieces(merges, chars)) == model:
-        coded = _Coder(chars, len(merges)).encode(merges)
-        if coded is not None and unpack(b"\1" + coded) == model:
-            return b"\1" + coded
+    for kind, symbols in _OWN.items():
+        if chars == sorted(chars) and build(own_pieces(merges, chars, symbols)) == model:
+            coded = _Coder(chars, len(merges)).encode(merges)
+            if coded is not None and unpack(kind + coded) == model:
+                return kind + coded
     return b"\0" + lzma.compress(model, lzma.FORMAT_RAW, filters=_FILTERS)
 
 
@@ -50,8 +54,8 @@ def unpack(data: bytes) -> bytes:
             model = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=_FILTERS).decompress(data[1:], MAX_MODEL_BYTES)
             if model:
                 return model
-        if data[:1] == b"\1":
-            return build(own_pieces(*_decode(data[1:])))
+        if data[:1] in _OWN:
+            return build(own_pieces(*_decode(data[1:]), _OWN[data[:1]]))
     except (lzma.LZMAError, EOFError, _Damaged):
         pass
     raise GolfError("the tokenizer in the artifact is damaged; make the artifact again")

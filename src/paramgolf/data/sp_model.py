@@ -7,7 +7,7 @@ Written by hand because the protobuf package is not a dependency. Field numbers 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from paramgolf.errors import GolfError
@@ -174,10 +174,11 @@ def build(pieces: list[Piece]) -> bytes:
     return bytes(out + _field(2, trainer) + _field(3, normalizer))
 
 
-def own_pieces(merges: list[str], chars: list[str]) -> list[Piece]:
-    """The vocabulary of our own models: 4 controls, 256 bytes, merges in priority order, then single characters."""
+def own_pieces(merges: list[str], chars: list[str], symbols: Iterable[str] = ()) -> list[Piece]:
+    """The vocabulary of our own models: 4 controls, user-defined `symbols`, 256 bytes, merges in priority order, then
+    single characters."""
     pieces = [Piece("<pad>", 0.0, CONTROL), Piece("<s>", 0.0, CONTROL), Piece("</s>", 0.0, CONTROL)]
-    pieces += [Piece("<unk>", 0.0, UNKNOWN)]
+    pieces += [Piece("<unk>", 0.0, UNKNOWN)] + [Piece(symbol, 0.0, USER_DEFINED) for symbol in symbols]
     pieces += [Piece(f"<0x{byte:02X}>", 0.0, BYTE) for byte in range(256)]
     pieces += [Piece(text, -float(rank)) for rank, text in enumerate([*merges, *chars])]
     return pieces

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from paramgolf.data.sp_model import BYTE, CONTROL, SPACE, UNKNOWN, UNUSED, SpModel
+from paramgolf.data.sp_model import BYTE, CONTROL, SPACE, UNKNOWN, UNUSED, USER_DEFINED, SpModel
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class TokenBytes:
         return sum(int(self.count(tokens[i:j], tokens[i + 1 : j + 1]).sum()) for i, j in spans)
 
 
-def table(model: SpModel, reversible: bool) -> TokenBytes:
-    """The byte table of a SentencePiece model."""
+def table(model: SpModel, reversible: bool, operators: str = "") -> TokenBytes:
+    """The byte table of a SentencePiece model; user-defined `operators` stand for no byte."""
     size = len(model.pieces)
     base, space, boundary = np.zeros(size, np.int16), np.zeros(size, bool), np.zeros(size, bool)
     for index, piece in enumerate(model.pieces):
@@ -44,6 +44,8 @@ def table(model: SpModel, reversible: bool) -> TokenBytes:
             boundary[index] = True
         elif piece.kind == BYTE:
             base[index] = 1
+        elif piece.kind == USER_DEFINED and piece.text in operators:
+            continue
         else:
             text = piece.text
             if text.startswith(SPACE) and not reversible:

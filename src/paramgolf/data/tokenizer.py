@@ -3,19 +3,23 @@
 Our own models (see `bpe.py`) carry every byte string unchanged. Two things keep SentencePiece itself from that:
 it writes blanks as U+2581, so a real U+2581 would come back as a blank, and it replaces invalid UTF-8. Both go
 through byte pieces here and never reach it.
+
+A model whose user-defined pieces include the four case operators is a CaseOps tokenizer (see caseops.py): texts are
+transformed before they are encoded and back when they are decoded. In our own models a literal operator character goes
+through byte pieces as well, so that an operator token is always an operator.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import sentencepiece
 
-from paramgolf.data import compact, sp_model, token_bytes
+from paramgolf.data import caseops, compact, sp_model, token_bytes
 from paramgolf.data.sp_model import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, UNUSED, USER_DEFINED
 from paramgolf.data.token_bytes import TokenBytes
 from paramgolf.errors import GolfError
@@ -46,8 +50,10 @@ class Tokenizer:
         if not 0 <= bos < self.vocab_size:
             raise GolfError("the tokenizer has no begin-of-document token (bos), which every document starts with")
         self.bos_id = bos
+        symbols = {piece.text for piece in self._spec.pieces if piece.kind == USER_DEFINED}
+        self.case_operators = caseops.OPERATORS if symbols.issuperset(caseops.OPERATORS) else ""
         self.reversible = self._is_reversible()
-        self.token_bytes: TokenBytes = token_bytes.table(self._spec, self.reversible)
+        self.token_bytes: TokenBytes = token_bytes.table(self._spec, self.reversible, self.case_operators)
 
     @classmethod
     def load(cls, source: str | Path | bytes) -> Tokenizer:
@@ -94,8 +100,13 @@ class Tokenizer:
         spec = self._spec
         plain = spec.model_type == sp_model.BPE and not spec.charsmap and not spec.whitespace_suffix
         plain = plain and spec.escape_blanks and not spec.dummy_prefix and not spec.squeeze_blanks
-        only_text = all(p.kind in (NORMAL, BYTE, CONTROL, UNKNOWN) for p in spec.pieces)
+        known = (NORMAL, BYTE, CONTROL, UNKNOWN)
+        only_text = all(p.kind in known or p.text in self._operator_texts for p in spec.pieces)
         return bool(plain and spec.byte_fallback and only_text and (self._byte_ids >= 0).all())
+
+    @property
+    def _operator_texts(self) -> frozenset[str]:
+        return frozenset(self.case_operators)
 
     @cached_property
     def _byte_ids(self) -> np.ndarray:
@@ -112,9 +123,10 @@ class Tokenizer:
 
     @cached_property
     def _by_bytes(self) -> re.Pattern[str]:
-        """What must go through byte pieces: U+2581, invalid bytes, and blanks where no piece stands for them."""
+        """What must go through byte pieces: U+2581, invalid bytes, literal case operators, and blanks where no piece
+        stands for them."""
         blank = "" if SPACE in self._normal_pieces else " "
-        return re.compile(f"([{SPACE}\udc80-\udcff{blank}]+)")
+        return re.compile(f"([{SPACE}\udc80-\udcff{self.case_operators}{blank}]+)")
 
     @cached_property
     def _joined(self) -> frozenset[str]:
@@ -131,8 +143,7 @@ class Tokenizer:
         if not isinstance(text, str):
             text = str(text, "utf-8", "surrogateescape")
         if not self.reversible:
-            clean = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-            return np.array(self._processor.encode(clean), dtype=np.uint16)
+            return np.array(self._processor.encode(self._cleaned(text)), dtype=np.uint16)
         if not self._normal_pieces:
             return self._bytes_as_ids(text)
         parts = self._by_bytes.split(text)
@@ -148,8 +159,33 @@ class Tokenizer:
             raise GolfError(f"the text has a lone surrogate at character {error.start}; give bytes instead") from error
         return self._byte_ids[np.frombuffer(raw, np.uint8)].astype(np.uint16)
 
+    def _cleaned(self, text: str) -> str:
+        """What a tokenizer that is not reversible is given."""
+        clean = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+        return caseops.encode(clean) if self.case_operators else clean
+
     def _encode_plain(self, text: str) -> np.ndarray:
+        text = caseops.mark_capitals(text) if self.case_operators else text
         return np.array(self._processor.encode(text), dtype=np.uint16)
+
+    def sizes(self, document: Buffer) -> np.ndarray:
+        """Bytes of the original text that each token of `encode_chunks` stands for, BOS first (0); uint16 (n,).
+
+        Of a CaseOps tokenizer that normalises: by the piece of text that each token covers, before normalisation, so
+        that blanks at either end of the text belong to no token (#1729).
+        """
+        if self.reversible or not self.case_operators:
+            tokens = np.concatenate(list(self.encode_chunks(document)))
+            sizes = self.token_bytes.count(np.concatenate((tokens[:1], tokens[:-1])), tokens)
+            return sizes.astype(np.uint16)
+        pieces = self.surfaces(str(document, "utf-8", "surrogateescape"))
+        return np.concatenate((np.zeros(1, np.uint16), caseops.surface_bytes(pieces)))
+
+    def surfaces(self, text: str) -> list[str]:
+        """The piece of the cleaned (and transformed) text that each token of a model that normalises covers."""
+        clean = self._cleaned(text)
+        spans = self._processor.encode(clean, return_type="offset_mapping")["offsets"]
+        return [clean[start:end] for start, end in spans]
 
     def encode_chunks(self, document: Buffer) -> Iterator[np.ndarray]:
         """The tokens of one document, BOS first, in parts: the concatenation equals encoding it whole."""
@@ -172,6 +208,10 @@ class Tokenizer:
             text = window.decode("utf-8", "surrogateescape")
             for i in range(1, len(text)):
                 pair = text[i - 1 : i + 1]
+                if self.case_operators:
+                    if pair.isascii() and pair.isalpha():  # a run of letters is transformed as a whole
+                        continue
+                    pair = "".join(c.lower() if c.isascii() else c for c in pair)
                 if pair not in self._joined and not _BROKEN.search(pair):
                     return at + len(text[:i].encode("utf-8", "surrogateescape"))
             at += max(len(window) - 8, 1)  # a character may lie across the end of the window
@@ -184,12 +224,12 @@ class Tokenizer:
 
     @cached_property
     def piece_bytes(self) -> list[bytes]:
-        """What each token decodes to; empty for controls."""
+        """What each token decodes to by itself; empty for controls and case operators."""
         out = []
         for piece in self._spec.pieces:
             if piece.kind == BYTE:
                 out.append(bytes([int(piece.text[3:5], 16)]))
-            elif piece.kind in (CONTROL, UNUSED):
+            elif piece.kind in (CONTROL, UNUSED) or (piece.kind == USER_DEFINED and piece.text in self._operator_texts):
                 out.append(b"")
             elif piece.kind == UNKNOWN:
                 out.append(" \u2047 ".encode())
@@ -199,10 +239,22 @@ class Tokenizer:
 
     def decode(self, ids: np.ndarray | Iterable[int]) -> bytes:
         """The bytes the tokens stand for; controls give nothing. GolfError for an id outside the vocabulary."""
-        table, out = self.piece_bytes, []
-        for index in ids:
-            if not 0 <= index < self.vocab_size:
-                raise GolfError(f"token id {int(index)} is outside the vocabulary of {self.vocab_size}")
-            out.append(table[index])
-        text = b"".join(out)
+        one = self.decoder()
+        text = b"".join([one(index) for index in ids])
         return text[1:] if self._spec.dummy_prefix and text.startswith(b" ") else text
+
+    def decoder(self) -> Callable[[int], bytes]:
+        """A function that takes one token id after the other and gives the bytes of each: `decode`, as it comes."""
+        table, size = self.piece_bytes, self.vocab_size
+        operators = {i: p.text for i, p in enumerate(self._spec.pieces) if p.text in self._operator_texts}
+        case = caseops.CaseDecoder()
+
+        def plain(index: int) -> bytes:
+            if not 0 <= index < size:
+                raise GolfError(f"token id {int(index)} is outside the vocabulary of {size}")
+            return table[index]
+
+        def cased(index: int) -> bytes:
+            return case.operator(operators[index]) if index in operators else case.text(plain(index))
+
+        return cased if operators else plain

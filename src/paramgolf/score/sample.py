@@ -91,10 +91,11 @@ def _text(tokens: Iterator[int], tokenizer: Tokenizer, prompted: bool, stop: lis
     """Tokens as characters; holds back the beginning of a character and of what may become a stop string."""
     characters = codecs.getincrementaldecoder("utf-8")("replace")
     held, first = "", not prompted and not tokenizer.reversible
+    bytes_of = tokenizer.decoder()
     for token in tokens:
         if token == tokenizer.bos_id:
             break
-        raw = tokenizer.piece_bytes[token]
+        raw = bytes_of(token)
         if first and raw:
             # Tokenizers that put a blank before a text take it away again.
             raw, first = raw.removeprefix(b" "), False
