@@ -97,7 +97,7 @@ class LanguageModel:
         if len(ids) < 2:
             return np.zeros(0, np.float32)
         result = scorer.score(
-            self.model, ids, token_bytes=_EveryTokenOneByte(), seq_len=seq_len or self.seq_len, stride=stride,
+            self.model, ids, token_bytes=scorer.OneByteEach(), seq_len=seq_len or self.seq_len, stride=stride,
             batch_tokens=self._batch_tokens, keep_nll=True,
         )  # fmt: skip
         return cast(np.ndarray, result.nll)
@@ -141,13 +141,6 @@ class LanguageModel:
             seq_len=seq_len or self.seq_len, stride=stride, batch_tokens=self._batch_tokens,
             bos_id=self.tokenizer.bos_id, limit_seconds=limit, progress=progress,
         )  # fmt: skip
-
-
-class _EveryTokenOneByte:
-    """Where only the losses are wanted."""
-
-    def count(self, prev: np.ndarray, target: np.ndarray) -> np.ndarray:
-        return np.ones(np.shape(target), np.int64)
 
 
 def _as_bytes(text: str | bytes) -> bytes:

@@ -69,13 +69,13 @@ def _log_odds(model: GPT, hidden: torch.Tensor, truth: torch.Tensor) -> np.ndarr
     """(n, depth) float64 for hidden states (n, D) and the tokens (n,) that follow, a few at a time."""
     size = max(1, LOGITS_AT_ONCE // model.vocab_size)
     parts = [
-        coder.path_log_odds(_logits(model, hidden[low : low + size]), truth[low : low + size])
+        coder.path_log_odds(window_logits(model, hidden[low : low + size]), truth[low : low + size])
         for low in range(0, len(truth), size)
     ]
     return np.concatenate(parts)
 
 
-def _logits(model: GPT, hidden: torch.Tensor) -> torch.Tensor:
+def window_logits(model: GPT, hidden: torch.Tensor) -> torch.Tensor:
     """(n, V) float32, as `GPT.logits` forms them."""
     raw = torch.nn.functional.linear(hidden, model.head_weight().to(hidden.dtype))
     return softcap(raw.float(), model.section.logit_softcap)

@@ -1,0 +1,150 @@
+"""Our own ways to a score, each as a scorer that `legality.check` can examine.
+
+`WindowScorer` is the batched path of every score, standard, sliding and in lanes; `CacheScorer` the token-by-token path
+of the decoder; `CoderScorer` the probabilities with which the text coder codes.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import torch
+
+from paramgolf.errors import GolfError
+from paramgolf.model.gpt import GPT
+from paramgolf.score import coder, scorer
+from paramgolf.score.grid import warp
+from paramgolf.score.legality import MIN_TOKENS, Legality, check
+from paramgolf.score.rans import ONE
+from paramgolf.score.stream import Stepper, encode_stream, window_logits
+from paramgolf.score.windows import lanes, plan
+
+EXTRA_TOKENS = 96  # of a check, past the first window
+
+
+class WindowScorer:
+    """`scorer.score`: windows in batches. Its charges are those of `score` itself."""
+
+    def __init__(
+        self, model: GPT, *, seq_len: int, stride: int = 0, batch_tokens: int = 16_384, lane_count: int = 1,
+        bos_id: int = 1, windows: str = "exact",
+    ) -> None:  # fmt: skip
+        self.model, self.vocab_size = model, model.vocab_size
+        self._seq_len, self._stride, self._batch_tokens = seq_len, stride or seq_len, batch_tokens
+        self._lane_count, self._bos_id, self._windows = lane_count, bos_id, windows
+        self._rows: dict[int, np.ndarray] = {}
+        self._next = 0
+
+    def starts(self, stream: np.ndarray) -> tuple[int, ...]:
+        """The lanes."""
+        return lanes(stream, self._lane_count, self._bos_id) if self._lane_count > 1 else (0,)
+
+    def reset(self, stream: np.ndarray) -> None:
+        """Run the model over all windows."""
+        whole = plan(len(stream), self._seq_len, self._stride, self._windows, lane_starts=self.starts(stream))
+        batch = scorer.batch_rows(len(whole), 1, min(self._seq_len, int(whole.length.max())), self._batch_tokens)
+        targets = iter(whole.targets().tolist())
+        self._rows, self._next = {}, 0
+        with scorer.evaluating(self.model, self._seq_len):
+            for _, hidden, _ in scorer.window_batches(self.model, stream, whole, batch):
+                rows = torch.log_softmax(window_logits(self.model, hidden), dim=-1).cpu().numpy()
+                self._rows |= {next(targets): row for row in rows}
+
+    def log_probs(self) -> np.ndarray | None:
+        return self._rows.get(self._next)
+
+    def give(self, token: int) -> None:
+        self._next += 1
+
+    def score(self, stream: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What `scorer.score` charges, and the plan's targets."""
+        whole = plan(len(stream), self._seq_len, self._stride, self._windows, lane_starts=self.starts(stream))
+        result = scorer.score(
+            self.model, stream, token_bytes=scorer.OneByteEach(), seq_len=self._seq_len, stride=self._stride,
+            batch_tokens=self._batch_tokens, windows=self._windows, lane_count=self._lane_count, bos_id=self._bos_id,
+            keep_nll=True,
+        )  # fmt: skip
+        assert result.nll is not None
+        return whole.targets(), result.nll
+
+
+class CacheScorer:
+    """The decoder's path: one token at a time with a KV cache, which begins each window of the plan anew."""
+
+    def __init__(self, model: GPT, *, seq_len: int, stride: int = 0) -> None:
+        self.model, self.vocab_size = model, model.vocab_size
+        self._seq_len, self._stride = seq_len, stride
+        self._stepper: Stepper | None = None
+
+    def reset(self, stream: np.ndarray) -> None:
+        self._stepper = None
+
+    def log_probs(self) -> np.ndarray:
+        return torch.log_softmax(self._logits().double(), dim=-1)[0].cpu().numpy()
+
+    def give(self, token: int) -> None:
+        if self._stepper is None:
+            self._stepper = Stepper(self.model, np.array([token]), seq_len=self._seq_len, stride=self._stride)
+        else:
+            self._stepper.append(np.array([token]))
+
+    def _logits(self) -> torch.Tensor:
+        assert self._stepper is not None
+        with scorer.evaluating(self.model, self._seq_len):
+            return self._stepper.logits()
+
+
+class CoderScorer(CacheScorer):
+    """The probabilities with which the text coder codes each token, on the decoder's path.
+
+    `settings` (a file's header) and `place` (the number a block begins with) are what the encoder chooses with the text
+    in view; both are in the file at their own price, so they are no part of the distribution.
+    """
+
+    def __init__(self, model: GPT, settings: coder.Settings, *, seq_len: int, stride: int = 0, place: int = 0) -> None:
+        super().__init__(model, seq_len=seq_len, stride=stride)
+        self._settings, self._place = settings, place
+
+    def log_probs(self) -> np.ndarray:
+        return coded_log_probs(self._settings, self._logits(), self._place)
+
+
+def coded_log_probs(settings: coder.Settings, logits: torch.Tensor, place: int) -> np.ndarray:
+    """(V,) natural logarithms of the probabilities with which each token would be coded, from logits (1, V)."""
+    levels = [level.cpu().numpy()[0] for level in coder.masses(logits)]
+    total = np.zeros(1)
+    for level in range(settings.depth):
+        below = levels[level + 1]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            log_odds = np.log(below[1::2]) - np.log(below[::2])
+        prefix = np.arange(1 << level)
+        forced = (2 * prefix + 1) << (settings.depth - level - 1) >= settings.vocab_size
+        cells = settings.grid.cells(warp(np.where(forced, 0.0, log_odds)), place)
+        zero = np.where(forced, 1.0, settings.grid.zero_freq[place][cells] / ONE)
+        with np.errstate(divide="ignore"):
+            total = (total[:, None] + np.log(np.stack((zero, 1.0 - zero), axis=1))).reshape(-1)
+    return total[: settings.vocab_size]
+
+
+def check_all(
+    model: GPT, tokens: np.ndarray, *, seq_len: int, stride: int = 0, bos_id: int = 1, batch_tokens: int = 16_384,
+    cuts: int = 6,
+) -> dict[str, Legality]:  # fmt: skip
+    """The check of every path to a score of `model`, by its name, on the beginning of `tokens`: a window and a bit.
+
+    `stride` 0 leaves the sliding windows out. Raises GolfError for a text that is too short.
+    """
+    part = np.asarray(tokens[: seq_len + EXTRA_TOKENS]).astype(np.int64)
+    if len(part) < MIN_TOKENS:
+        raise GolfError(f"a check needs a text of at least {MIN_TOKENS} tokens, this has {len(part)}")
+    windows = functools.partial(WindowScorer, model, seq_len=seq_len, bos_id=bos_id, batch_tokens=batch_tokens)
+    scorers: dict[str, WindowScorer | CacheScorer] = {"windows": windows()}
+    if stride and stride < seq_len:
+        scorers["sliding windows"] = windows(stride=stride)
+    if len(lanes(part, 4, bos_id)) > 1:
+        scorers["lanes"] = windows(lane_count=4)
+    scorers["token by token"] = CacheScorer(model, seq_len=seq_len, stride=stride)
+    settings = coder.Decoder(encode_stream(model, part, seq_len=seq_len, batch_tokens=batch_tokens)).settings
+    scorers["text coder"] = CoderScorer(model, settings, seq_len=seq_len)
+    return {name: check(one, part, bos_id=bos_id, cuts=cuts) for name, one in scorers.items()}
