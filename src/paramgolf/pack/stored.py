@@ -75,7 +75,7 @@ class StoredTensor:
         if self.scale is None:
             return self.values.astype(np.float32) if self.values.dtype.kind == "f" else self.values
         scale = self.scale.astype(np.float32)
-        return self.values.astype(np.float32) * (scale[..., None] if scale.ndim else scale)
+        return np.asarray(self.values.astype(np.float32) * (scale[..., None] if scale.ndim else scale))
 
     def check_finite(self) -> None:
         """GolfError naming the tensor when a kept value or scale is not finite (a diverged training run)."""

@@ -11,9 +11,11 @@ from torch import Tensor
 from paramgolf.errors import GolfError
 from paramgolf.pack.stored import PLAIN_DTYPES, StoredTensor, TensorSpec
 from paramgolf.pack.stored import payload_bytes as payload_bytes  # the size belongs to what is exported
+from paramgolf.quant import lqer
 from paramgolf.quant.grid import Grid
 from paramgolf.quant.plan import Store, plan
-from paramgolf.quant.registry import QUANTIZERS
+from paramgolf.quant.registry import QUANTIZERS, Quantizer
+from paramgolf.quant.sensitivity import mixed
 from paramgolf.recipe.sections import QuantSection
 
 _FLOAT16_MAX = 65_504.0
@@ -34,11 +36,13 @@ def export(
     """Every tensor of a state dict as the rules of `section` store it, in the order of `state`.
 
     Quantised tensors go through `QUANTIZERS[section.method]` (with the input second moments `hessians`, keyed by tensor
-    name, where given); others are cast. `clips` replace the grid's `clip_value` for the
-    tensors they name. The weights are taken as float32, whatever type and device they have.
+    name, where given); others are cast. `clips` replace the grid's `clip_value` for the tensors they name. Low-rank
+    corrections (see lqer.py) follow the matrices they belong to. The weights are taken as float32, whatever type and
+    device they have.
     Raises GolfError for non-finite weights, for values too large for float16, and for tensors without a rule.
     """
-    quantize = QUANTIZERS[section.method]
+    section = mixed(section, state, num_layers, hessians)
+    quantize: Quantizer = QUANTIZERS[section.method]
     grids = {name: Grid(grid) for name, grid in section.grids.items()}
     floats = {name: tuple(t.shape) for name, t in state.items() if t.is_floating_point()}
     stores = plan(floats, section, num_layers)
@@ -58,7 +62,7 @@ def export(
             except GolfError as error:
                 raise GolfError(f"tensor {name}: {error}") from None
             out.append(_quantised(name, stores[name], codes, scale))
-    return out
+    return lqer.corrected(out, state, section) if section.lqer_tensors else out
 
 
 def _kept(name: str, weight: Tensor, dtype: str) -> StoredTensor:
@@ -79,5 +83,9 @@ def _quantised(name: str, store: Store, codes: Tensor, scale: Tensor) -> StoredT
 
 
 def restore(tensors: Iterable[StoredTensor]) -> dict[str, Tensor]:
-    """The state dict the artifact stands for: float32 (code times stored scale); non-float tensors as they were."""
-    return {t.name: torch.from_numpy(t.dequantised().copy()) for t in tensors}
+    """The state dict the artifact stands for: float32 (code times stored scale); non-float tensors as they were.
+
+    Low-rank corrections are added to their matrices. GolfError where they do not fit.
+    """
+    arrays = lqer.applied({t.name: t.dequantised() for t in tensors})
+    return {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from paramgolf.errors import GolfError
 from paramgolf.quant.grid import Grid
+from paramgolf.quant.weighted import column_importance
 
 DAMPING = 0.01  # of the mean diagonal
 BLOCK = 128  # columns whose errors are spread at once
@@ -30,15 +31,12 @@ def quantize(weight: Tensor, grid: Grid, hessian: Tensor | None = None) -> tuple
 
     Raises GolfError for weights or a Hessian that are not finite, and for a Hessian of another shape.
     """
-    if hessian is None or weight.ndim != 2:
+    if hessian is None or weight.ndim != 2 or not weight.numel():
         return grid.quantize(weight)
     rows, columns = weight.shape
-    if tuple(hessian.shape) != (columns, columns):
-        shape = tuple(hessian.shape)
-        raise GolfError(f"a Hessian of shape {shape} does not fit weights of shape {(rows, columns)}; calibrate again")
     if not bool(torch.isfinite(weight).all()):
         raise GolfError(f"weights of shape {(rows, columns)} hold NaN or infinity: they cannot be quantised")
-    scale_R1 = grid.row_scale(weight.float())
+    scale_R1 = grid.row_scale(weight.float(), column_importance(weight, hessian))
     order, upper_CC, dead_C = _factor(hessian.to(weight.device))
     work_RC = weight.float().masked_fill(dead_C, 0.0)[:, order]
     with _one_thread(weight.device):

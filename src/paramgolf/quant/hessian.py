@@ -27,18 +27,21 @@ _COLUMNS = 1.5e-6  # seconds a parameter to round column by column on one slow c
 
 
 def training_rows(
-    shards: Sequence[np.ndarray], *, seq_len: int, tokens: int, batch_tokens: int = BATCH_TOKENS, phase: float = 0.0
-) -> Iterator[Tensor]:
+    shards: Sequence[np.ndarray], *, seq_len: int, tokens: int, batch_tokens: int = BATCH_TOKENS, phase: float = 0.0,
+    among: int = 0,
+) -> Iterator[Tensor]:  # fmt: skip
     """Batches (B, seq_len + 1) int64 of evenly spaced windows of the training text, at least one row of `tokens`.
 
     `phase` in [0, 1) moves all windows by that part of the distance between two of them, so that another phase gives
-    other text (where there is enough). Raises GolfError without any text.
+    other text (where there is enough). With `among` the windows are some of those that so many tokens would give, so
+    that another phase is other text than theirs. Raises GolfError without any text.
     """
     stream = TokenStream(shards)
     if not stream.total:
         raise GolfError("there is no training text to calibrate on; give data.train some")
     count = max(1, tokens // seq_len)
-    starts = ((np.arange(count) + phase) * stream.total / count).astype(np.int64)
+    places = max(count, among // seq_len)
+    starts = ((np.arange(count) * places // count + phase) * stream.total / places).astype(np.int64)
     batch = max(1, batch_tokens // seq_len)
     for first in range(0, count, batch):
         rows = [stream.read(int(start), seq_len + 1) for start in starts[first : first + batch]]
@@ -88,7 +91,7 @@ def _reduced(
 ) -> dict[str, Tensor]:  # fmt: skip
     """The means over all ranks, in the order of the modules; a rank without any row adds zeros."""
     widths = {f"{name}.weight": module.weight.shape[1] for name, module in _linears(model)}
-    widths[head] = model.section.dim
+    widths[head] = model.head_weight().shape[1]
     means = {}
     for name, width in widths.items():
         total = dist.all_sum(float(seen.get(name, 0)))
@@ -124,12 +127,14 @@ def seconds_for(params: int, tokens: float, device: torch.device) -> float:
 
 
 @torch.no_grad()
-def training_loss(model: GPT, shards: Sequence[np.ndarray], *, seq_len: int, tokens: int) -> float:
-    """Mean loss in nats on training windows between those that `collect` reads."""
+def training_loss(
+    model: GPT, shards: Sequence[np.ndarray], *, seq_len: int, tokens: int, phase: float = 0.5, among: int = 0
+) -> float:  # fmt: skip
+    """Mean loss in nats on training windows between those that `collect` reads of `among` tokens."""
     device = model.tok_emb.weight.device
     total, count = 0.0, 0
     with model.eager():
-        for rows in training_rows(shards, seq_len=seq_len, tokens=tokens, phase=0.5):
+        for rows in training_rows(shards, seq_len=seq_len, tokens=tokens, phase=phase, among=among):
             rows = rows.to(device)
             total += float(model(rows[:, :-1], rows[:, 1:], reduction="sum"))
             count += rows.shape[0] * (rows.shape[1] - 1)

@@ -25,13 +25,13 @@ from paramgolf.errors import GolfError, on_every_rank
 from paramgolf.model.gpt import GPT
 from paramgolf.model.registry import ACTIVATIONS, ATTENTION_BACKENDS
 from paramgolf.optim.registry import MATRIX_OPTIMIZERS
+from paramgolf.pack.curves import Loss
 from paramgolf.pack.forecast import forecast, plan_bytes
 from paramgolf.pack.ledger import Ledger
 from paramgolf.pack.packer import load_model, pack_model
 from paramgolf.pack.registry import CODECS
-from paramgolf.pack.solver import Loss
 from paramgolf.quant.hessian import collect, seconds_for, training_loss
-from paramgolf.quant.registry import CALIBRATED, QUANTIZERS
+from paramgolf.quant.registry import QUANTIZERS, calibrated
 from paramgolf.recipe.sections import Recipe
 from paramgolf.runner.folder import RunFolder, claim
 from paramgolf.runner.peers import compress_peers
@@ -205,7 +205,7 @@ class Job:
 
     @property
     def _calibrates(self) -> bool:
-        return self.recipe.quant.method in CALIBRATED or self.recipe.pack.fit
+        return calibrated(self.recipe.quant) or self.recipe.pack.fit
 
     def _calibrate(self, model: GPT) -> dict[str, torch.Tensor]:
         """What the layers read on training text, where the quantiser wants to know; all ranks take part."""
@@ -259,7 +259,10 @@ class Job:
 
         def loss(state: Mapping[str, torch.Tensor]) -> float:
             model.load_state_dict(state)
-            return training_loss(model, shards, seq_len=recipe.train.seq_len, tokens=recipe.pack.fit_tokens)
+            return training_loss(
+                model, shards, seq_len=recipe.train.seq_len, tokens=recipe.pack.fit_tokens,
+                among=recipe.quant.calibration_tokens,
+            )  # fmt: skip
 
         return loss
 
