@@ -15,11 +15,13 @@ _SAMPLE = 1 << 18  # codes on which the slow ones are compared beyond that
 _SAMPLE_ROWS = 16  # rows of each matrix in the sample, at the least
 _FAST = ("rans",)  # always run in full
 _NEEDS = {"zstd": "zstandard", "brotli": "brotli"}
+_LEFT_OUT = ("raw", "shuffled", "grouped")  # the plain layout, and the slow layouts of two records
 
 
 def available() -> list[str]:
-    """Registered codecs whose compressor is installed; `raw` only serves to look at the plain layout."""
-    return [n for n in CODECS if n != "raw" and (n not in _NEEDS or importlib.util.find_spec(_NEEDS[n]) is not None)]
+    """Registered codecs that `auto` tries: those that may be the smallest and whose compressor is installed."""
+    tried = [n for n in CODECS if n not in _LEFT_OUT]
+    return [n for n in tried if n not in _NEEDS or importlib.util.find_spec(_NEEDS[n]) is not None]
 
 
 def encode_codes(tensors: Sequence[CodeTensor], codec: str = "auto", level: int = -1) -> tuple[str, bytes]:

@@ -13,5 +13,7 @@ CODECS = Registry(
         "lzma": "paramgolf.pack.codecs.bytecoders:LzmaCodec",
         "brotli": "paramgolf.pack.codecs.bytecoders:BrotliCodec",
         "rans": "paramgolf.pack.codecs.rans:RansCodec",
+        "shuffled": "paramgolf.pack.codecs.archive:ShuffledCodec",
+        "grouped": "paramgolf.pack.codecs.archive:GroupedCodec",
     },
 )
