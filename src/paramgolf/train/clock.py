@@ -26,11 +26,16 @@ def process_age(pid: int | None = None) -> float:
             ticks = int(stream.read().rsplit(")", 1)[1].split()[19])
         age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
     except (OSError, AttributeError, IndexError, ValueError):
-        try:
-            age = time.time() - psutil.Process(pid).create_time()
-        except psutil.Error:
-            age = 0.0
+        age = age_without_proc(pid)
     return max(age, 0.0)
+
+
+def age_without_proc(pid: int) -> float:
+    """The age where there is no /proc, by the wall clock; 0 where that cannot be told either."""
+    try:
+        return time.time() - psutil.Process(pid).create_time()
+    except psutil.Error:
+        return 0.0
 
 
 def launch_age() -> float:

@@ -72,8 +72,12 @@ def _default_threads() -> int:
     if "OMP_NUM_THREADS" in os.environ and local_ranks == 1:
         return torch.get_num_threads()
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    physical = psutil.cpu_count(logical=False) or allowed
-    return max(1, min(allowed, physical) // local_ranks)
+    return max(1, min(allowed, physical_cores() or allowed) // local_ranks)
+
+
+def physical_cores() -> int:
+    """Cores without their second threads; 0 = unknown."""
+    return psutil.cpu_count(logical=False) or 0
 
 
 def seed_all(seed: int) -> None:
