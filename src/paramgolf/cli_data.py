@@ -38,6 +38,9 @@ def prepare_command(
     out: Annotated[Path | None, typer.Option(help="Folder for the result. Default: the cache.")] = None,
     field: Field = "text",
     split_digits: Annotated[bool, typer.Option(help="Every digit is a token of its own.")] = True,
+    caseops: Annotated[
+        bool, typer.Option("--caseops", help="Capitals as operators before lower-case letters.")
+    ] = False,
     val_max_bytes: Annotated[int, typer.Option(min=1, help="Most text a split of ours holds back.")] = 300_000,
     workers: Annotated[int, typer.Option(min=0, help="Tokenising processes; 0 = one for each processor.")] = 0,
     as_json: AsJson = False,
@@ -49,7 +52,7 @@ def prepare_command(
     from paramgolf.recipe.sections import DataSection
 
     section = DataSection(
-        train=source, val=val, tokenizer=tokenizer, text_field=field, split_digits=split_digits,
+        train=source, val=val, tokenizer=tokenizer, text_field=field, split_digits=split_digits, caseops=caseops,
         vocab_size=Tokenizer.load(tokenizer).vocab_size if tokenizer else vocab_size, val_max_bytes=val_max_bytes,
     )  # fmt: skip
     with ProgressReport() as progress:

@@ -23,8 +23,8 @@ from paramgolf.data import builtin, split
 from paramgolf.data.bpe import train_bpe
 from paramgolf.data.cache import remembered_sha256
 from paramgolf.data.encode_pool import encode_stream
-from paramgolf.data.official import check_vocabulary
-from paramgolf.data.shards import ShardWriter, read_header
+from paramgolf.data.official import SIDECAR, check_case, check_vocabulary
+from paramgolf.data.shards import ShardWriter, read_header, write_shards
 from paramgolf.data.sources import Buffer, Document, Source, find, is_validation, spool_stdin
 from paramgolf.data.tokenizer import Tokenizer
 from paramgolf.errors import GolfError
@@ -87,7 +87,7 @@ def _is_current(folder: Path, key: str) -> bool:
     """Whether `folder` is the whole dataset of `key`; a cache that lost a file is built again."""
     try:
         passport = json.loads((folder / PASSPORT).read_text())
-        shards = [*passport["train"]["shards"], *passport["val"]["shards"]]
+        shards = [*passport["train"]["shards"], *passport["val"]["shards"], *passport["val"].get("sizes", [])]
         whole = all(read_header(folder / shard["name"]) == shard["tokens"] for shard in shards)
         return bool(whole and passport["key"] == key and sha256_file(folder / VAL_TEXT) == passport["val"]["sha256"])
     except (OSError, ValueError, TypeError, KeyError, GolfError):
@@ -161,6 +161,7 @@ def _key(section: DataSection, inputs: Inputs) -> str:
     tokenizer = Tokenizer.load(section.tokenizer).sha256 if section.tokenizer else ""
     settings = [FORMAT, section.vocab_size, section.val_max_bytes, section.text_field, section.split_digits]
     settings += [section.tokenizer_text_bytes, tokenizer, inputs.origin]
+    settings += ["caseops"] if section.caseops else []  # folders made without it keep their key
     return sha256_bytes(json.dumps([settings, inputs.label]).encode())
 
 
@@ -211,6 +212,7 @@ def _build_in(work: Path, section: DataSection, inputs: Inputs, progress: Progre
     given = Tokenizer.load(section.tokenizer) if section.tokenizer else None
     if given:
         check_vocabulary(given, section, where=section.tokenizer, given=True)
+        check_case(given, section, where=section.tokenizer)
     sample = _Sample(section.tokenizer_text_bytes)
     scan = _Scan()
     only: Document | None = None
@@ -233,9 +235,13 @@ def _build_in(work: Path, section: DataSection, inputs: Inputs, progress: Progre
             sample.add(split.digest(document.data), document.data)
     if given is None:
         progress("tokenizer", 0, None)
-        given = train_bpe(sample.texts(held), section.vocab_size, split_digits=section.split_digits)
+        given = train_bpe(
+            sample.texts(held), section.vocab_size, split_digits=section.split_digits, case_operators=section.caseops
+        )
     atomic_write(work / TOKENIZER, given.to_bytes())
     val_part = _write(work, "val", (Document(d) for d in val_documents), given, 0, _silent, 1)
+    if given.case_operators:
+        val_part["sizes"] = _write_sizes(work, val_documents, given)
     text = split.join(val_documents)
     atomic_write(work / VAL_TEXT, text)
     train_part = _write(work, "train", train(), given, scan.total, progress, workers, held)
@@ -347,3 +353,9 @@ def _write(
             progress("tokenise", done, total)
     shards = [{"name": path.name, "tokens": read_header(path), "sha256": sha256_file(path)} for path in writer.paths]
     return {**counts, "tokens": writer.tokens, "shards": shards}
+
+
+def _write_sizes(work: Path, documents: Iterable[bytes], tokenizer: Tokenizer) -> list[dict[str, Any]]:
+    """The sidecar of the validation shards: the bytes of original text of every token, in shards of the same sizes."""
+    paths = write_shards(work, SIDECAR, (tokenizer.sizes(document) for document in documents))
+    return [{"name": path.name, "tokens": read_header(path), "sha256": sha256_file(path)} for path in paths]

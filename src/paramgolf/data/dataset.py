@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ class Dataset:
 
     val_bytes: true bytes of the validation documents, None for shards that come without their documents.
     val_text: those documents as a plain text file (0x1E and newline between them), None likewise.
+    val_sizes: shards beside `val_shards` with the bytes of every token, where its id alone does not say (CaseOps).
     passport: hashes and counts (JSON-able), see `build.py`.
     """
 
@@ -34,6 +35,7 @@ class Dataset:
     val_bytes: int | None
     val_text: Path | None
     passport: dict[str, Any]
+    val_sizes: list[Path] = field(default_factory=list)
 
     def train_tokens(self) -> list[np.memmap]:
         """The training shards as memory maps, uint16."""
@@ -58,6 +60,7 @@ class Dataset:
                 val_bytes=passport["val"]["bytes"],
                 val_text=text if text.is_file() else None,
                 passport=passport,
+                val_sizes=[folder / shard["name"] for shard in passport["val"].get("sizes", [])],
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise GolfError(f"{folder}: not a prepared dataset ({error}); prepare it again") from error
@@ -83,12 +86,16 @@ def prepare(
         if (folder / PASSPORT).is_file():
             dataset = Dataset.open(folder)
             official.check_vocabulary(dataset.tokenizer, section, where=str(folder / TOKENIZER), given=True)
+            official.check_case(dataset.tokenizer, section, where=str(folder / TOKENIZER))
             return dataset
         if official.has_shards(folder):
             if out is not None:
                 raise GolfError(f"{name}: these are shards already; use the folder where it is, without --out")
             shards = official.find(folder, section, cache)
-            return Dataset(folder, shards.tokenizer, shards.train, shards.val, None, None, shards.passport)
+            size = shards.passport["val"]["bytes"]
+            return Dataset(
+                folder, shards.tokenizer, shards.train, shards.val, size, None, shards.passport, shards.sizes
+            )
     if name and folder.suffix == ".bin":
         raise GolfError(f"{name}: give the folder of the shards, not one shard")
     return Dataset.open(build.build(section, name, cache=Path(cache), out=out, progress=progress, workers=workers))
@@ -99,7 +106,8 @@ def open_text(
 ) -> tuple[np.ndarray, int | None, list[int]]:
     """(tokens uint16 with BOS before each document, true bytes, bytes of each document) of the whole of `source`.
 
-    Of a folder: its validation part if it has one. Shards carry no documents: (tokens, None, []).
+    Of a folder: its validation part if it has one. Shards carry no documents: (tokens, None, []), with the bytes of a
+    CaseOps export where its sidecar is.
     """
     if str(source) == "-":
         with tempfile.TemporaryDirectory() as spool:
@@ -110,13 +118,32 @@ def open_text(
         path = path / VAL_TEXT
     elif path.is_dir() and official.has_shards(path):
         _, val = official.shard_files(path)
-        return np.concatenate([open_shard(p, tokenizer.vocab_size) for p in val]), None, []
+        tokens = np.concatenate([open_shard(p, tokenizer.vocab_size) for p in val])
+        sizes = open_sizes(path, tokenizer)
+        return tokens, None if sizes is None else int(sizes.sum(dtype=np.int64)), []
     elif path.suffix == ".bin":
-        return np.array(open_shard(path, tokenizer.vocab_size)), None, []
+        sizes = open_sizes(path, tokenizer)
+        tokens = np.array(open_shard(path, tokenizer.vocab_size))
+        return tokens, None if sizes is None else int(sizes.sum(dtype=np.int64)), []
     found, _ = sources.find(path, field)
     held = [s for s in found if sources.is_validation(s)]
     documents = [bytes(d.data) for s in (held if held and path.is_dir() else found) for d in s.documents()]
     return _as_stream(documents, str(source), tokenizer)
+
+
+def open_sizes(source: str | Path, tokenizer: Tokenizer) -> np.ndarray | None:
+    """Bytes of original text of every token of the shards in `source` (a folder's validation part, or one shard), as
+    the sidecar of a CaseOps export counts them, uint16 (n,); None where the tokenizer's table counts or is exact."""
+    path = Path(source).expanduser()
+    if not tokenizer.case_operators or tokenizer.reversible:
+        return None
+    if path.is_dir() and not (path / PASSPORT).is_file() and official.has_shards(path):
+        paths = official.sidecar(path, tokenizer, official.shard_files(path)[1])
+    elif path.suffix == ".bin":
+        paths = [official.sidecar_of(path)]
+    else:
+        return None
+    return np.concatenate([open_shard(p) for p in paths])
 
 
 def _as_stream(documents: list[bytes], where: str, tokenizer: Tokenizer) -> tuple[np.ndarray, int, list[int]]:

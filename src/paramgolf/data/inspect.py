@@ -10,6 +10,7 @@ import numpy as np
 
 from paramgolf.data import official, split
 from paramgolf.data.build import PASSPORT, read_inputs
+from paramgolf.data.byte_oracle import ByteOracle, check_shards, table_lines
 from paramgolf.data.dataset import Dataset
 from paramgolf.data.shards import open_shard
 from paramgolf.data.sources import Source
@@ -46,7 +47,7 @@ def _inspect_shards(folder: Path, model: str) -> dict[str, Any]:
     val_part, val_hashes = _side(val, tokenizer, bos, size)
     result: dict[str, Any] = {"path": str(folder), "kind": kind, **_tokenizer_facts(tokenizer)}
     if text is not None and tokenizer is not None:
-        val_part["byte_table"] = _table_check(Source(text, "text"), val, tokenizer)
+        val_part["byte_table"] = check_shards(val, Source(text, "text"), tokenizer).as_dict()
     return {**result, "train": train_part, "val": val_part, "duplicates": _copies(train_hashes, val_hashes)}
 
 
@@ -102,24 +103,6 @@ def _copies(train: np.ndarray, val: np.ndarray) -> dict[str, int]:
     }
 
 
-def _table_check(text: Source, shards: list[Path], tokenizer: Tokenizer) -> dict[str, Any]:
-    """The byte table over each validation document's tokens against the length of the document itself."""
-    true = [len(document.data) for document in text.documents()]
-    counted = []
-    for document in _token_documents(shards, tokenizer.bos_id):
-        stream = np.concatenate([np.array([tokenizer.bos_id], np.uint16), document])
-        counted.append(tokenizer.token_bytes.total(stream))
-    if len(counted) != len(true):
-        raise GolfError(f"{text.path}: {len(true)} documents, but the shards hold {len(counted)}; prepare it again")
-    differences = np.array(counted, np.int64) - np.array(true, np.int64)
-    return {
-        "true_bytes": sum(true),
-        "table_bytes": sum(counted),
-        "documents_that_differ": int(np.count_nonzero(differences)),
-        "largest_difference": int(np.abs(differences).max(initial=0)),
-    }
-
-
 def _inspect_text(name: str, model: str, field: str, cache: Path) -> dict[str, Any]:
     tokenizer = Tokenizer.load(model) if model else None
     inputs = read_inputs(DataSection(text_field=field), name, cache)
@@ -144,22 +127,19 @@ def _inspect_text(name: str, model: str, field: str, cache: Path) -> dict[str, A
 
 def _text_side(documents: Iterable[Any], tokenizer: Tokenizer | None) -> tuple[dict[str, Any], np.ndarray]:
     hashes: list[int] = []
-    size = tokens = counted = differ = largest = 0
+    size = tokens = 0
+    oracle = ByteOracle(tokenizer) if tokenizer is not None else None
     for document in documents:
         hashes.append(split.digest(document.data))
         size += len(document.data)
-        if tokenizer is not None:
+        if tokenizer is not None and oracle is not None:
             stream = tokenizer.encode_documents([document.data])
-            own = tokenizer.token_bytes.total(stream)
-            tokens, counted = tokens + len(stream), counted + own
-            differ += own != len(document.data)
-            largest = max(largest, abs(own - len(document.data)))
+            tokens += len(stream)
+            oracle.add(stream, document.data)
     facts: dict[str, Any] = {"documents": len(hashes), "bytes": size}
-    if tokenizer is not None:
+    if oracle is not None:
         facts |= {"tokens": tokens, "bytes_per_token": round(size / max(tokens, 1), 4)}
-        facts["byte_table"] = {
-            "true_bytes": size, "table_bytes": counted, "documents_that_differ": differ, "largest_difference": largest,
-        }  # fmt: skip
+        facts["byte_table"] = oracle.result().as_dict()
     return facts, np.array(hashes, np.uint64)
 
 
@@ -178,10 +158,7 @@ def text_of(result: dict[str, Any]) -> str:
                 counts.append(f"{part['bytes_per_token']:.4f} bytes/token")
             lines.append(f"{side:<11} {', '.join(counts)}")
             if check := part.get("byte_table"):
-                lines.append(
-                    f"{'':<11} byte table {check['table_bytes']:,}, true {check['true_bytes']:,},"
-                    f" {check['documents_that_differ']} documents differ (by at most {check['largest_difference']})"
-                )
+                lines += [f"{'':<11} {line}" for line in table_lines(check)]
     copies = result["duplicates"]
     lines.append(
         f"copies      {copies['val_documents_in_train']} validation documents are also in training;"

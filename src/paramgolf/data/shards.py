@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 
@@ -78,6 +79,14 @@ def write_shard(path: str | Path, tokens: np.ndarray) -> None:
     with atomic_path(path) as temporary, temporary.open("wb") as stream:
         stream.write(header(len(tokens)))
         stream.write(np.ascontiguousarray(tokens, dtype="<u2").data)
+
+
+def write_shards(folder: Path, prefix: str, parts: Iterable[np.ndarray]) -> list[Path]:
+    """The stream of `parts` (uint16) as the shards `<prefix>_000000.bin`, ..."""
+    with ShardWriter(folder, prefix) as writer:
+        for part in parts:
+            writer.write(part)
+    return writer.paths
 
 
 class ShardWriter:

@@ -31,6 +31,7 @@ class DataSection:
     tokenizer_text_bytes: Positive = 16_000_000  # at most so much text trains the tokenizer
     order: Literal["shuffled", "sequential"] = "shuffled"  # sequential = the reference's endless stream
     val_max_bytes: Positive = 300_000  # size limit of a validation split made by us
+    caseops: bool = False  # capitals as operators before lower-case letters (#1729), in a tokenizer that we train
     text_field: str = "text"  # the JSONL key or parquet column that holds the text
     split_digits: bool = True  # of a tokenizer we train: every digit is a piece of its own
 

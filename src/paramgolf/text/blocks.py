@@ -240,8 +240,9 @@ def _decode(frame: Frame, header: Header, model: TextModel | None, progress: Pro
         reader = Reader(frame.payload, "a frame")
         stream = reader.take(reader.varint(len(frame.payload)))
         patch = reader.take(len(reader))
-    # A token stands for a byte or more, but for a tokenizer that rewrites text.
-    limit = frame.raw * (1 if model.tokenizer.reversible else 8) + 64
+    # A token stands for a byte or more, but for case operators and for a tokenizer that rewrites text.
+    most = (2 if model.tokenizer.case_operators else 1) if model.tokenizer.reversible else 8
+    limit = frame.raw * most + 64
     said = model.text(header.content, model.decode(header, stream, limit, progress))
     return _unzstd(patch, frame.raw, said) if frame.kind is Kind.PATCHED else said
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from paramgolf.data.dataset import open_text
+from paramgolf.data.dataset import open_sizes, open_text
 from paramgolf.data.sources import SEPARATOR
 from paramgolf.errors import CheckFailed, GolfError
 from paramgolf.score.scorer import score
@@ -42,7 +42,7 @@ def prove(
     Raises CheckFailed if a document does not come back; GolfError if there is nothing to prove.
     """
     model = TextModel(artifact)
-    tokens, documents = _open(source, model, limit)
+    tokens, documents, true_bytes = _open(source, model, limit)
     content = Content.TOKENS if documents is None else Content.DOCUMENTS
     count = max(1, min(len(tokens) // LANE_TOKENS, model.lane_limit(model.seq_len)))
     starts = lanes(tokens, count, model.tokenizer.bos_id)
@@ -50,7 +50,7 @@ def prove(
     with exact_arithmetic():
         scored = score(
             model.model, tokens, token_bytes=model.tokenizer.token_bytes,
-            true_bytes=None if documents is None else sum(map(len, documents)), seq_len=model.seq_len, stride=stride,
+            true_bytes=true_bytes, seq_len=model.seq_len, stride=stride,
             batch_tokens=model.batch_tokens, lane_count=count, bos_id=model.tokenizer.bos_id,
         )  # fmt: skip
     say("encoding")
@@ -86,24 +86,28 @@ def prove(
     }
 
 
-def _open(source: str, model: TextModel, limit: int) -> tuple[np.ndarray, list[bytes] | None]:
-    """(tokens, documents or None where there are only shards), cut to `limit` bytes if that is not 0."""
+def _open(source: str, model: TextModel, limit: int) -> tuple[np.ndarray, list[bytes] | None, int | None]:
+    """(tokens, documents or None where there are only shards, their bytes if those can be known), cut to `limit` bytes
+    if that is not 0."""
     if source == "-":
         raise GolfError("--data -: a proof reads its documents twice; give a file or folder")
     tokens, true_bytes, sizes = open_text(source, model.tokenizer)
     bos = model.tokenizer.bos_id
     if len(tokens) < 2 or tokens[0] != bos:
         raise GolfError(f"{source}: its tokens do not begin with a document start; such a stream cannot be proved")
-    if true_bytes is None:
+    if not sizes:
+        counted = open_sizes(source, model.tokenizer)
         if limit:
-            sizes_so_far = np.cumsum(model.tokenizer.token_bytes.count(tokens[:-1], tokens[1:]))
-            tokens = tokens[: max(2, 1 + int(np.searchsorted(sizes_so_far, limit, side="right")))]
-        return tokens, None
+            each = model.tokenizer.token_bytes.count(tokens[:-1], tokens[1:]) if counted is None else counted[1:]
+            within = int(np.searchsorted(np.cumsum(each, dtype=np.int64), limit, side="right"))
+            tokens = tokens[: max(2, 1 + within)]
+        return tokens, None, None if counted is None else int(counted[: len(tokens)].sum(dtype=np.int64))
+    assert true_bytes is not None
     documents = _documents(source, sizes)
     if limit and limit < true_bytes:
         documents = _prefix(documents, limit)
         tokens = model.tokenizer.encode_documents(documents)
-    return tokens, documents
+    return tokens, documents, sum(map(len, documents))
 
 
 def _documents(source: str, sizes: list[int]) -> list[bytes]:
