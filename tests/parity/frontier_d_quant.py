@@ -1,8 +1,4 @@
-"""Part D of the frontier set, the quantisers: GPTQ, SD-clip, int8 gates, the percentile search.
-
-The file's other arrays belong to components that the package does not have and are not looked at: LQER packing, the
-similarity order of rows, byte shuffling and the streams of the archive.
-"""
+"""Part D of the frontier set: GPTQ, SD-clip, int8 gates, percentile search, LQER, and what the archives rearrange."""
 
 from __future__ import annotations
 
@@ -13,7 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from paramgolf.quant import gptq, percentile
+from paramgolf.pack.codecs.rearrange import (
+    byte_shuffle,
+    byte_unshuffle,
+    join_streams,
+    similarity_order,
+    split_streams,
+)
+from paramgolf.quant import gptq, lqer, percentile
 from paramgolf.quant.gptq import weighted_error
 from paramgolf.quant.grid import Grid
 from paramgolf.recipe.sections import GridSection
@@ -33,7 +36,12 @@ def check(path: Path, z: Any) -> list[Check]:
     checks += check_pathological(z) + check_sdclip(z) + check_gate(z)
     for name in (key.removeprefix("percentile/in/") for key in z.files if key.startswith("percentile/in/")):
         checks += check_percentile(z, name)
-    return checks
+    for key in z.files:
+        if key.startswith("lqer/") and key.endswith("/asym/A"):
+            checks += check_lqer(z, key.removesuffix("/asym/A"))
+        if key.startswith("byte_shuffle/") and key.endswith("/in"):
+            checks += check_shuffle(z, key.removesuffix("/in"))
+    return checks + check_similarity(z) + check_streams(z)
 
 
 def sdclip(k: float, largest: int) -> Grid:
@@ -109,4 +117,41 @@ def check_percentile(z: Any, name: str) -> list[Check]:
     return [
         exact(f"percentile scale {name}", scale, z[f"percentile/scale/{name}"]),
         exact(f"percentile codes {name}", codes, z[f"percentile/q/{name}"]),
+    ]
+
+
+def check_lqer(z: Any, prefix: str) -> list[Check]:
+    """Both forms from the stored factors; the group is what the number of scales says."""
+    a, b = array(z, f"{prefix}/asym/A"), array(z, f"{prefix}/asym/B")
+    left, right = lqer.packed("w", a, b, b.numel() // z[f"{prefix}/asym/sB"].size)
+    checks = [
+        exact(f"{prefix} asym qA", left.values.reshape(a.shape), z[f"{prefix}/asym/qA"]),
+        exact(f"{prefix} asym sA", left.scale, z[f"{prefix}/asym/sA"]),
+        exact(f"{prefix} asym qB", right.values.reshape(b.shape), z[f"{prefix}/asym/qB"]),
+        exact(f"{prefix} asym sB", right.scale, z[f"{prefix}/asym/sB"]),
+    ]
+    for name, factor in (("A", a), ("B", b)):
+        codes, scale = Grid(GridSection(bits=4)).quantize(factor)
+        checks.append(exact(f"{prefix} sym4 q{name}", codes, z[f"{prefix}/sym4/q{name}"]))
+        checks.append(exact(f"{prefix} sym4 s{name}", scale, z[f"{prefix}/sym4/s{name}"]))
+    return checks
+
+
+def check_similarity(z: Any) -> list[Check]:
+    return [exact("order of rows", similarity_order(z["similarity_sort/matrix"]), z["similarity_sort/order"])]
+
+
+def check_shuffle(z: Any, prefix: str) -> list[Check]:
+    stride = int(prefix.rpartition("/stride")[2])
+    plain, theirs = z[f"{prefix}/in"].tobytes(), z[f"{prefix}/out"].tobytes()
+    ours = byte_shuffle(plain, stride)
+    back = byte_unshuffle(theirs, len(plain), stride)
+    return [Check(prefix, float(ours != theirs), 0.0), Check(f"{prefix} back", float(back != plain), 0.0)]
+
+
+def check_streams(z: Any) -> list[Check]:
+    streams, theirs = [b"", b"abc", bytes(range(10))], z["pack_streams/out"].tobytes()
+    return [
+        Check("streams", float(join_streams(streams) != theirs), 0.0),
+        Check("streams back", float(split_streams(theirs) != streams), 0.0),
     ]
