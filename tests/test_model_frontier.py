@@ -12,8 +12,10 @@ from paramgolf.errors import GolfError
 from paramgolf.model.cache import KVCache
 from paramgolf.model.gpt import GPT
 from paramgolf.model.native.runner import why_not
+from paramgolf.model.order import Order, order_of
 from paramgolf.model.parts.base import Flow
 from paramgolf.optim.groups import group_of
+from paramgolf.train.compiling import compiled_graphs
 from tests.model_common import VOCAB, section, small_gpt, tokens
 
 SPARSE = {"factor": 1.0, "window": 5, "scale": 0.5}
@@ -31,6 +33,11 @@ COMPONENTS: dict[str, dict[str, Any]] = {
     "skip-gates": {"skip_gates": True},
     "lanes": {"lanes_from": 1},
     "lanes-mlp": {"lanes_from": 1, "lane_merge": "mlp"},
+    "loop": {"loop_layers": (1, 1), "loop_extra": 2},
+    "loop-no-skips": {"loop_layers": (0, 2), "loop_extra": 1, "skips": "none"},
+    "parallel": {"parallel_from": 1},
+    "factored": {"embed_dim": 10},
+    "documents": {"document_mask": True},
     "lanes-no-skips": {"lanes_from": 0, "skips": "none", "lane_merge": "attn"},
 }
 COMPONENTS["all"] = {
@@ -46,6 +53,15 @@ COMPONENTS["all"] = {
     "skip_gates": True,
     "lanes_from": 1,
 }
+COMPONENTS["everything"] = COMPONENTS["all"] | {
+    "num_layers": 4,
+    "loop_layers": (1, 2),
+    "loop_extra": 2,
+    "lanes_from": 3,
+    "document_mask": True,
+    "embed_dim": 14,
+}
+COMPONENTS["everything-parallel"] = COMPONENTS["everything"] | {"lanes_from": -1, "parallel_from": 2}
 CASES = pytest.mark.parametrize("changes", COMPONENTS.values(), ids=COMPONENTS)
 
 
@@ -67,9 +83,11 @@ def test_causal_and_equal_with_a_cache(changes: dict[str, Any]) -> None:
 @CASES
 def test_it_does_something_and_every_parameter_learns(changes: dict[str, Any]) -> None:
     model, plain = small_gpt(**changes), small_gpt()
-    shared = {k: v for k, v in model.state_dict().items() if k in plain.state_dict()}
+    own = plain.state_dict()
+    shared = {k: v for k, v in model.state_dict().items() if k in own and v.shape == own[k].shape}
     plain.load_state_dict(shared, strict=False)
     x, y = tokens(2, 12), tokens(2, 12, seed=1)
+    x[:, 7] = 1
     assert not torch.allclose(model(x, y), plain(x, y), atol=1e-6)
     model(x, y).backward()
     for name, param in model.named_parameters():
@@ -85,12 +103,29 @@ def test_no_change_at_the_start(name: str) -> None:
     torch.testing.assert_close(model.logits(x), plain.logits(x), rtol=0, atol=1e-6)
 
 
-def test_layers_compile_without_a_break() -> None:
-    model = small_gpt(**COMPONENTS["all"])
+@pytest.mark.parametrize("name", ["all", "everything", "everything-parallel"])
+def test_layers_compile_without_a_break(name: str) -> None:
+    model = small_gpt(**COMPONENTS[name])
     x, y = tokens(2, 12), tokens(2, 12, seed=1)
     plain = model(x, y)
     model.compile_regions(backend="eager")
     torch.testing.assert_close(model(x, y), plain)
+
+
+def test_the_loop_switch_compiles_nothing() -> None:
+    model = small_gpt(**COMPONENTS["everything"])
+    x, y = tokens(2, 12), tokens(2, 12, seed=1)
+    model.compile_regions(backend="aot_eager")
+    losses = []
+    for extra in (2, 0, 1, 2, 0):
+        model.set_loops(extra)
+        loss = model(x, y)
+        loss.backward()
+        losses.append(loss.item())
+        if extra == 0 and len(losses) == 2:
+            built = compiled_graphs()
+    assert compiled_graphs() == built
+    assert losses[0] == losses[3] and losses[1] == losses[4] and len(set(losses)) == 3
 
 
 def test_xsa_takes_the_own_value_away() -> None:
@@ -117,6 +152,61 @@ def test_smear_gate2_stops_where_a_document_begins() -> None:
     share[0, 4] = 0
     expected = F.rms_norm(raw + share[..., None] * before, (24,), eps=model.section.norm_eps)
     torch.testing.assert_close(model.embed(Flow(x)), expected)
+
+
+def test_looped_layers_run_again_in_order() -> None:
+    base = {"num_layers": 6, "loop_layers": (2, 3), "loop_extra": 2}
+    assert order_of(section(**base), 2) == Order((0, 1, 2, 3, 2, 3, 2, 3, 4, 5), 5)
+    assert order_of(section(**base), 0) == Order((0, 1, 2, 3, 4, 5), 3)
+    record = section(num_layers=11, loop_layers=(3, 5), loop_extra=2)
+    order = order_of(record, 2)
+    assert order.layers[: order.encoder] == (0, 1, 2, 3, 4, 5, 3, 4)
+    assert order.layers[order.encoder :] == (5, 3, 4, 5, 6, 7, 8, 9, 10)
+    assert order.skips == 8
+    model = small_gpt(**base)
+    assert model.skip_weights is not None and len(model.skip_weights) == 5
+    x = tokens(2, 9)
+    looped = model.logits(x)
+    model.set_loops(0)
+    plain = small_gpt(num_layers=6)
+    state = model.state_dict()
+    state["skip_weights"] = state["skip_weights"][:3]  # the first rows are used
+    plain.load_state_dict(state)
+    torch.testing.assert_close(model.logits(x), plain.logits(x))
+    model.set_loops(9)
+    assert torch.equal(model.logits(x), looped), "never more often than the recipe says"
+
+
+def test_parallel_branches_read_the_same_input() -> None:
+    model = small_gpt(num_layers=1, parallel_from=0)
+    block, x = model.layers[0], torch.randn(1, 4, 24)
+    model.use_attention("math")
+    rope = model._rope_for(0, torch.zeros(1, 4, dtype=torch.int64), None)
+    mixed = block.resid_mix[0] * x + block.resid_mix[1] * x
+    n = block.normed(mixed)
+    expected = mixed + block.attn_scale * block.attn(n, rope, {}) + block.mlp_scale * block.mlp(n)
+    torch.testing.assert_close(block(x, x, rope, {}), expected)
+
+
+def test_a_factored_embedding_is_mapped_up_and_down() -> None:
+    model = small_gpt(embed_dim=10)
+    assert model.embed_proj is not None and model.head_proj is not None
+    assert model.tok_emb.weight.shape == (VOCAB, 10) and model.head_weight().shape == (VOCAB, 10)
+    assert model.hidden(tokens(1, 5)).shape == (1, 5, 10)
+    groups = {name: group_of(name, param) for name, param in model.named_parameters()}
+    assert groups["embed_proj.weight"] == groups["head_proj.weight"] == "matrix"
+    untied = small_gpt(embed_dim=10, tie_embeddings=False)
+    assert untied.head_weight().shape == (VOCAB, 10)
+
+
+def test_orthogonal_zero_starts_output_maps_at_zero() -> None:
+    model = GPT(section(dim=64, num_heads=4, mlp_hidden=128, init="orthogonal_zero"), VOCAB)
+    model.init_weights(3)
+    block = model.layers[0]
+    q, up = block.attn.c_q.weight, block.mlp.fc.weight
+    torch.testing.assert_close(q @ q.t(), torch.eye(64), atol=1e-5, rtol=0)
+    torch.testing.assert_close(up.t() @ up, torch.eye(64), atol=1e-5, rtol=0)
+    assert not block.attn.proj.weight.any() and not block.mlp.proj.weight.any()
 
 
 def test_channels_beyond_rope_dims_know_no_position() -> None:
@@ -200,6 +290,14 @@ def test_lanes_that_share_everything_are_parallel_branches() -> None:
         ({"lanes_from": 0}, "lanes_from=0"),
         ({"lanes_from": 3}, "lanes_from=3"),
         ({"rope_dims": 3}, "rope_dims=3"),
+        ({"loop_layers": (1, 3), "loop_extra": 1}, r"loop_layers=\[1, 3\]"),
+        ({"loop_layers": (2, 1), "loop_extra": 1}, r"loop_layers=\[2, 1\]"),
+        ({"loop_layers": (1,), "loop_extra": 1}, r"loop_layers=\[1\]"),
+        ({"loop_layers": (1, 1)}, "need each other"),
+        ({"loop_extra": 1}, "need each other"),
+        ({"loop_layers": (1, 1), "loop_extra": 1, "lanes_from": 1}, "lanes_from=1.*layers 2 to 2"),
+        ({"parallel_from": 3}, "parallel_from=3"),
+        ({"parallel_from": 1, "lanes_from": 1}, "two kinds of one thing"),
         ({"rope_dims": 8}, "rope_dims=8"),
     ],
 )
@@ -208,7 +306,7 @@ def test_what_does_not_fit_is_refused_by_name(changes: dict[str, Any], words: st
         GPT(section(**changes), VOCAB)
 
 
-@pytest.mark.parametrize("name", [name for name in COMPONENTS if name != "smear2"])
+@pytest.mark.parametrize("name", [n for n in COMPONENTS if n != "smear2" and not n.startswith("loop")])
 def test_the_fused_kernels_refuse_changed_layers(name: str) -> None:
     sizes: dict[str, Any] = {"dim": 64, "num_heads": 4, "num_kv_heads": 2, "mlp_hidden": 64}
     model = GPT(section(**(COMPONENTS[name] | sizes)), 96)

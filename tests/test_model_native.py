@@ -23,6 +23,7 @@ CASES = {
     "odd layers": dataclasses.replace(SECTION, num_layers=5, activation="leaky_relu2"),
     "no skips, one kv head each": dataclasses.replace(SECTION, skips="none", num_kv_heads=4),
     "untied": dataclasses.replace(SECTION, tie_embeddings=False),
+    "looped": dataclasses.replace(SECTION, loop_layers=(1, 2), loop_extra=1),
     "parts at the input": dataclasses.replace(
         SECTION, parts={"bigram_hash": {"buckets": 128, "dim": 16}, "smear_gate": {}}
     ),

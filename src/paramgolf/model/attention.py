@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +16,11 @@ from torch import Tensor, nn
 from paramgolf.errors import GolfError
 from paramgolf.model.cache import LayerCache
 from paramgolf.model.layers import Linear, rms_norm
-from paramgolf.model.registry import ATTENTION_BACKENDS
+from paramgolf.model.registry import ATTENTION_BACKENDS, DENSE_ATTENTION, MASKED_ATTENTION
 from paramgolf.model.rope import apply_rope
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+Attend = Callable[..., Tensor]
+MASK = "mask"  # key in `extras` of the documents' mask, in the backend's own form
 
 
 @dataclass(frozen=True)
@@ -29,9 +31,16 @@ class AttentionChoice:
     reason: str
     attend: Attend
 
+    def mask(self, segments_BT: Tensor, room: int, longest: int) -> Any:
+        """The mask of these documents as the backend wants it; at most `room` segments of at most `longest` tokens."""
+        return self.attend.mask(segments_BT, room, longest)  # type: ignore[attr-defined]
 
-def choose(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> AttentionChoice:
-    """The backend called `name`, or for "auto" the first that can run. A forced one that cannot is a GolfError."""
+
+def choose(
+    name: str, device: torch.device, dtype: torch.dtype, head_dim: int, masked: bool = False
+) -> AttentionChoice:  # fmt: skip
+    """The backend called `name`, or for "auto" the first that can run, in the order for models with document masks
+    (`masked`) or without. A forced one that cannot is a GolfError."""
     if name != "auto":
         backend = ATTENTION_BACKENDS[name]
         reason = backend.why_not(device, dtype, head_dim)
@@ -39,7 +48,8 @@ def choose(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -
             raise GolfError(f"attention backend '{name}' cannot run here: {reason}; set train.attention=auto")
         return AttentionChoice(name, "", backend())
     reasons: list[str] = []
-    for candidate, backend in ATTENTION_BACKENDS.items():
+    for candidate in MASKED_ATTENTION.get(device.type, DENSE_ATTENTION) if masked else DENSE_ATTENTION:
+        backend = ATTENTION_BACKENDS[candidate]
         reason = backend.why_not(device, dtype, head_dim)
         if not reason:
             return AttentionChoice(candidate, "; ".join(reasons), backend())
@@ -66,7 +76,7 @@ class Attention(nn.Module):
         self.attend: Attend | None = None  # set by GPT.use_attention
 
     def forward(
-        self, n_BTD: Tensor, rope: tuple[Tensor, Tensor], extras: dict[str, Tensor], cache: LayerCache | None = None
+        self, n_BTD: Tensor, rope: tuple[Tensor, Tensor], extras: dict[str, Any], cache: LayerCache | None = None
     ) -> Tensor:
         """`n_BTD` is the normalised block input; `rope` are the (T, J) tables of its positions."""
         batch, length, _ = n_BTD.shape
@@ -81,7 +91,8 @@ class Attention(nn.Module):
         q, k = q.to(n_BTD.dtype), k.to(n_BTD.dtype)
         k_BSGK, v_BSGK = (k, v_BTGK) if cache is None else cache.extend(k, v_BTGK)
         assert self.attend is not None, "GPT.use_attention was not called"
-        y_BTHK = self.attend(q, k_BSGK, v_BSGK)
+        mask = extras.get(MASK)
+        y_BTHK = self.attend(q, k_BSGK, v_BSGK) if mask is None else self.attend(q, k_BSGK, v_BSGK, mask)
         for name in self.layer_parts:
             y_BTHK = getattr(self, name).output(y_BTHK, v_BTGK, q_BTHK, n_BTD, extras)
         return self.proj(y_BTHK.reshape(batch, length, -1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +18,17 @@ from paramgolf.recipe.sections import ModelSection
 class Block(nn.Module):
     """x <- m0 x + m1 x0;  x <- x + a attention(rms(x));  x <- x + b mlp(rms(x)), with a, b, m0, m1 learned a channel.
 
+    From layer `model.parallel_from` on, both branches read the same input (GPT-J; #1412, #1493):
+    x <- x + a attention(rms(x)) + b mlp(rms(x)).
     With `model.ln_scale` both branch inputs of layer l are divided by sqrt(l + 1). That factor is a tensor, and nothing
-    else in a block depends on its index: all blocks of a model run the same compiled graph.
+    else in a block depends on its index: all blocks of a model (all of one kind) run the same compiled graph.
     """
 
     def __init__(self, section: ModelSection, activation: Callable[[Tensor], Tensor], index: int = 0) -> None:
         super().__init__()
         dim = section.dim
         self.norm_eps = section.norm_eps
+        self.parallel = 0 <= section.parallel_from <= index
         self.attn = Attention(dim, section.num_heads, section.num_kv_heads, section.qk_gain, section.norm_eps)
         self.mlp = MLP(dim, section.mlp_hidden, activation)
         self.attn_scale = nn.Parameter(torch.ones(dim))
@@ -40,11 +44,15 @@ class Block(nn.Module):
         x_BTD: Tensor,
         x0_BTD: Tensor,
         rope: tuple[Tensor, Tensor],
-        extras: dict[str, Tensor],
+        extras: dict[str, Any],
         cache: LayerCache | None = None,
     ) -> Tensor:
         mix_2D = self.resid_mix.to(x_BTD.dtype)
         x = mix_2D[0] * x_BTD + mix_2D[1] * x0_BTD
+        if self.parallel:
+            n = self.normed(x)
+            x = x + self.attn_scale.to(x.dtype) * self.attn(n, rope, extras, cache)
+            return x + self.mlp_scale.to(x.dtype) * self.mlp(n)
         x = x + self.attn_scale.to(x.dtype) * self.attn(self.normed(x), rope, extras, cache)
         return x + self.mlp_scale.to(x.dtype) * self.mlp(self.normed(x))
 
@@ -54,7 +62,7 @@ class Block(nn.Module):
         b_BTD: Tensor,
         x0_BTD: Tensor,
         rope: tuple[Tensor, Tensor],
-        extras: dict[str, Tensor],
+        extras: dict[str, Any],
         resid_2: Tensor,
         post_4: Tensor,
         cache: LayerCache | None = None,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from paramgolf.errors import GolfError
+from paramgolf.model.documents import continued
 
 
 @dataclass
@@ -43,9 +44,19 @@ class KVCache:
     length: int = 0
     layers: dict[int, LayerCache] = field(default_factory=dict)  # by position in the executed order
     last: dict[str, Tensor] = field(default_factory=dict)  # the newest position of streams that parts look back on
+    segments: Tensor | None = None  # (B, max_len) int32, filled up to `length`: the document of each position
 
     def layer(self, position: int) -> LayerCache:
         return self.layers.setdefault(position, LayerCache(self.max_len))
+
+    def extend_segments(self, ids_BT: Tensor) -> Tensor:
+        """Number the documents of T more positions; (B, S) numbers of all positions, the new ones included."""
+        if self.segments is None:
+            self.segments = torch.zeros(len(ids_BT), self.max_len, dtype=torch.int32, device=ids_BT.device)
+        end = self.length + ids_BT.shape[1]
+        last = self.segments[:, self.length - 1] if self.length else None
+        self.segments[:, self.length : end] = continued(ids_BT, last)
+        return self.segments[:, :end]
 
     def room_for(self, tokens: int) -> None:
         """GolfError unless `tokens` more fit."""

@@ -1,8 +1,10 @@
 """The GPT: one readable decoder-only transformer, put together from what the recipe's `model` section names.
 
-    embedding [+ parts] -> RMS norm [+ parts] = x0 -> blocks with U-Net skips -> RMS norm -> head -> softcap
+    embedding [+ parts] -> RMS norm [-> up map] [+ parts] = x0 -> blocks with U-Net skips, some of them repeated
+    -> RMS norm [-> down map] -> head -> softcap
 
-Suffixes: B batch, T time, D model width, H query heads, G key/value heads, K head width, V vocabulary, N = B x T.
+Suffixes: B batch, T time, D model width, E width of embedding and head (D unless model.embed_dim says otherwise),
+H query heads, G key/value heads, K head width, V vocabulary, N = B x T.
 Weights are float32 masters; matrix products run in `model.compute_dtype`, norms, rotation, logits, softcap and cross
 entropy in float32.
 """
@@ -18,15 +20,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from paramgolf.errors import GolfError
-from paramgolf.model.attention import AttentionChoice, choose
+from paramgolf.model.attention import MASK, AttentionChoice, choose
 from paramgolf.model.block import Block
 from paramgolf.model.cache import KVCache
+from paramgolf.model.documents import dense_mask, first_flags, room_for, segment_numbers
 from paramgolf.model.init import init_matrices
 from paramgolf.model.lanes import Lanes
 from paramgolf.model.layers import Linear, rms_norm
 from paramgolf.model.loss import FusedLoss, chunked_nll, nll_and_slope, softcap
 from paramgolf.model.native.runner import NativeRunner
 from paramgolf.model.native.runner import why_not as native_why_not
+from paramgolf.model.order import Order, check_section, order_of
 from paramgolf.model.parts.base import Flow, Part, read_config
 from paramgolf.model.registry import ACTIVATIONS, PARTS
 from paramgolf.model.rope import rope_tables, stretched_base
@@ -35,26 +39,6 @@ from paramgolf.recipe.sections import ModelSection
 
 Reduction = Literal["mean", "sum", "none"]
 ROPE_TABLES_KEPT = 8
-
-
-def check_section(section: ModelSection) -> None:
-    """GolfError for sizes that do not fit together."""
-    s = section
-    if s.dim % s.num_heads:
-        raise GolfError(f"model.dim={s.dim} is not a multiple of model.num_heads={s.num_heads}; change one of them")
-    if s.num_heads % s.num_kv_heads:
-        raise GolfError(
-            f"model.num_heads={s.num_heads} is no multiple of model.num_kv_heads={s.num_kv_heads}; change one of them"
-        )
-    if (s.dim // s.num_heads) % 2:
-        raise GolfError(
-            f"model.dim={s.dim} over model.num_heads={s.num_heads} gives heads of {s.dim // s.num_heads} channels; "
-            "rotary embedding needs an even number"
-        )
-    if s.rope_dims % 2 or s.rope_dims > s.dim // s.num_heads:
-        raise GolfError(
-            f"model.rope_dims={s.rope_dims} must be even and at most the {s.dim // s.num_heads} channels of a head"
-        )
 
 
 class GPT(nn.Module):
@@ -73,17 +57,22 @@ class GPT(nn.Module):
         # Rotary tables are made for at least this many positions: it matters only where the base depends on the
         # length (rope_ref_len), to score a short window as the long ones that the model was trained on.
         self.context_len = 0
-        self.tok_emb = nn.Embedding(vocab_size, section.dim, _weight=torch.zeros(vocab_size, section.dim))
+        self.segment_len = 0  # > 0: packed training rows, whose documents are cut after so many tokens
+        self.segment_room = 0  # > 0: kernels for packed rows are made for so many segments a pass
+        width = section.embed_dim or section.dim
+        self.tok_emb = nn.Embedding(vocab_size, width, _weight=torch.zeros(vocab_size, width))
+        self.embed_proj = Linear(width, section.dim) if section.embed_dim else None
+        self.head_proj = Linear(section.dim, width) if section.embed_dim else None
         activation = ACTIVATIONS[section.activation]
         self.blocks = nn.ModuleList(Block(section, activation, i) for i in range(section.num_layers))
-        self.num_encoder = section.num_layers // 2 if section.skips == "unet" else section.num_layers
-        skips = min(self.num_encoder, section.num_layers - self.num_encoder)
+        self.order: Order = order_of(section, section.loop_extra)
+        skips = self.order.skips
         self.skip_weights = nn.Parameter(torch.ones(skips, section.dim)) if skips else None
         if section.skip_gates and not skips:
             raise GolfError("model.skip_gates=true needs skips to gate: set model.skips='unet' and at least 2 layers")
         self.skip_gates = nn.Parameter(torch.zeros(skips, section.dim)) if section.skip_gates else None
         self.lanes = Lanes(section) if section.lanes_from >= 0 else None
-        self.lm_head = None if section.tie_embeddings else Linear(section.dim, vocab_size)
+        self.lm_head = None if section.tie_embeddings else Linear(width, vocab_size)
         self.part_names = self._add_parts()
         self.attention: AttentionChoice | None = None
         self._attention_key: tuple[Any, ...] = ()
@@ -135,13 +124,20 @@ class GPT(nn.Module):
             if isinstance(module, Linear):
                 module.grid = grid.get(f"{name}.weight") if isinstance(grid, Mapping) else grid
 
+    def set_loops(self, extra: int) -> None:
+        """Run the looped layers `extra` more times from now on, at most `model.loop_extra`, which a new model does.
+
+        Compiled blocks do not notice: the order of the layers is outside of their graphs.
+        """
+        self.order = order_of(self.section, min(extra, self.section.loop_extra))
+
     def use_attention(self, name: str = "auto", device: torch.device | str | None = None) -> AttentionChoice:
         """Choose the attention kernel for `device` (default: where the weights are) and the compute dtype.
 
         The choice is kept in `model.attention` with the reason for any fallback. Without a call it is "auto".
         """
         where = torch.device(device) if device is not None else self.tok_emb.weight.device
-        self.attention = choose(name, where, self.compute_dtype, self.head_dim)
+        self.attention = choose(name, where, self.compute_dtype, self.head_dim, self.section.document_mask)
         self._attention_key = (where.type, self.compute_dtype, name)
         for block in self.layers:
             block.attn.attend = self.attention.attend
@@ -184,12 +180,18 @@ class GPT(nn.Module):
 
     # -- computation -------------------------------------------------------------------------------------------
 
-    def forward(self, ids_BT: Tensor, targets_BT: Tensor | None = None, reduction: Reduction = "mean") -> Tensor:
+    def forward(
+        self,
+        ids_BT: Tensor,
+        targets_BT: Tensor | None = None,
+        reduction: Reduction = "mean",
+        segments_BT: Tensor | None = None,
+    ) -> Tensor:
         """Cross entropy in nats, float32: the mean (or sum) over targets that are not -1, or with reduction "none"
-        each position's (B, T), 0 where ignored. Without targets: the logits (B, T, V)."""
+        each position's (B, T), 0 where ignored. Without targets: the logits (B, T, V). `segments_BT` as in `hidden`."""
         if targets_BT is None:
             return self.logits(ids_BT)
-        h_ND = self.hidden(ids_BT).flatten(0, 1)
+        h_ND = self.hidden(ids_BT, segments_BT=segments_BT).flatten(0, 1)
         targets_N, w_VD, cap = targets_BT.reshape(-1), self.head_weight(), self.section.logit_softcap
         native = self._native if self._native is not None and h_ND.dtype == torch.bfloat16 else None
         if reduction == "none":
@@ -217,24 +219,50 @@ class GPT(nn.Module):
             return softcap(z_BTV.float(), self.section.logit_softcap)
 
     def head_weight(self) -> Tensor:
-        """(V, D) float32 weight of the output layer."""
+        """(V, E) float32 weight of the output layer."""
         return self.tok_emb.weight if self.lm_head is None else self.lm_head.effective_weight()
 
-    def hidden(self, ids_BT: Tensor, cache: KVCache | None = None) -> Tensor:
-        """(B, T, D) final normalised stream in the compute dtype: what the head reads."""
+    def hidden(self, ids_BT: Tensor, cache: KVCache | None = None, segments_BT: Tensor | None = None) -> Tensor:
+        """(B, T, E) final normalised stream in the compute dtype: what the head reads.
+
+        With `model.document_mask` attention stays inside segments. They are the documents that the ids show, unless
+        `segments_BT` (B, T) int32 numbers them in another way (see documents.py); not with a cache.
+        """
         self._ready_attention(ids_BT.device)
-        flow = Flow(ids_BT, cache)
+        flow = Flow(ids_BT, cache, documents=self.section.document_mask)
         start = 0
         if cache is not None:
             cache.room_for(ids_BT.shape[1])
             start = cache.length
+        if flow.documents:
+            flow.extras[MASK] = self._mask(ids_BT, cache, segments_BT)
         x = self.embed(flow)
         if self._native is not None and cache is None and self._native.fits(x):
             return self._native.layers(x, self._rope_for(start, ids_BT, cache))
         x = self._run_layers(x, flow, self._rope_for(start, ids_BT, cache))
         if cache is not None:
             cache.length += ids_BT.shape[1]
-        return rms_norm(x, self.section.norm_eps)
+        x = rms_norm(x, self.section.norm_eps)
+        return x if self.head_proj is None else self.head_proj(x)
+
+    def _mask(self, ids_BT: Tensor, cache: KVCache | None, segments_BT: Tensor | None) -> Any:
+        """The documents of this pass in the form that the attention kernel wants."""
+        if cache is not None:
+            return dense_mask(cache.extend_segments(ids_BT), ids_BT.shape[1])
+        if segments_BT is None:
+            segments_BT = segment_numbers(ids_BT, self.segment_len)
+        assert self.attention is not None
+        room = self.segment_room if self.training else 0
+        room = room or room_for(int(first_flags(segments_BT).sum()))
+        return self.attention.mask(segments_BT, room, self.segment_len or ids_BT.shape[1])
+
+    def expect_documents(self, ids_BT: Tensor) -> None:
+        """Make room for as many segments as these rows have, before the passes over them. Cheap while the ids are on
+        the CPU; without it every pass must ask the device. A larger room compiles the layers again."""
+        if self.section.document_mask:
+            count = int(first_flags(segment_numbers(ids_BT, self.segment_len)).sum())
+            if count > self.segment_room:
+                self.segment_room = room_for(2 * count)
 
     def embed(self, flow: Flow) -> Tensor:
         """(B, T, D) stream that enters the first layer; it is also the x0 of every residual mix."""
@@ -243,34 +271,44 @@ class GPT(nn.Module):
         for part in parts:
             x = part.on_embedding(x, flow)
         x = rms_norm(x, self.section.norm_eps)
+        x = x if self.embed_proj is None else self.embed_proj(x)
         for part in parts:
             x = part.on_stream(x, flow)
         return x
 
     def _run_layers(self, x: Tensor, flow: Flow, rope: tuple[Tensor, Tensor]) -> Tensor:
         """Encoder layers push their outputs, decoder layers add them back, last pushed first."""
+        order, layers = self.order, self.layers
         x0 = x.view_as(x)  # another object: "the first two inputs are one" would be a second graph for the first block
         stack: list[Tensor] = []
         second: Tensor | None = None  # the other lane, once there are two
-        for position, block in enumerate(self.layers):
-            join = position - self.num_encoder
+        for position, index in enumerate(order.layers):
+            block, join = layers[index], position - order.encoder
+            if self.lanes is not None and second is None and index >= self.lanes.first:
+                second = x.view_as(x)  # before the skip, which enters the first lane only
             if join >= 0 and stack:
                 x = self.join_skip(x, stack.pop(), join)
-            if self.lanes is not None and position >= self.lanes.first:
-                x, second = self._two_lanes(position, (x, x.view_as(x) if second is None else second), x0, rope, flow)
+            if second is not None:
+                x, second = self._two_lanes(position, index, (x, second), x0, rope, flow)
             elif flow.cache is None:
                 x = self._run_block(block, x, x0, rope, flow.extras)
             else:
                 x = run_block(block, x, x0, rope, flow.extras, flow.cache.layer(position))
-            if position < self.num_encoder and self.skip_weights is not None:
+            if position < order.encoder and self.skip_weights is not None:
                 stack.append(x)
         return x if self.lanes is None or second is None else self.lanes.merge(x, second)
 
     def _two_lanes(
-        self, position: int, lanes: tuple[Tensor, Tensor], x0: Tensor, rope: tuple[Tensor, Tensor], flow: Flow
+        self,
+        position: int,
+        index: int,
+        lanes: tuple[Tensor, Tensor],
+        x0: Tensor,
+        rope: tuple[Tensor, Tensor],
+        flow: Flow,
     ) -> tuple[Tensor, Tensor]:
         assert self.lanes is not None
-        block, weights = self.layers[position], (self.lanes.resid[position], self.lanes.post[position])
+        block, weights = self.layers[index], (self.lanes.resid[index], self.lanes.post[index])
         if flow.cache is None:
             return self._run_lanes(block, *lanes, x0, rope, flow.extras, *weights)
         return run_lanes(block, *lanes, x0, rope, flow.extras, *weights, flow.cache.layer(position))

@@ -40,14 +40,18 @@ def orthogonal(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
 
 def init_linear(name: str, linear: Linear, section: ModelSection, seed: int) -> None:
     """Output maps (`proj` of attention and MLP) and the head start at zero, the rest uniform; with "orthogonal" every
-    large matrix is orthogonal and output maps are scaled by 1/sqrt(2 L)."""
+    large matrix is orthogonal and output maps are scaled by 1/sqrt(2 L); with "orthogonal_zero" they stay zero."""
     shape = (linear.weight.shape[0], linear.weight.shape[1])
     generator = generator_for(seed, f"{name}.weight")
-    if section.init == "orthogonal" and min(shape) >= ORTHOGONAL_MIN_SIDE:
+    large = min(shape) >= ORTHOGONAL_MIN_SIDE
+    output = name == "lm_head" or (name.startswith("blocks.") and name.endswith(".proj"))
+    if section.init == "orthogonal" and large:
         scale = (2 * section.num_layers) ** -0.5 if name.endswith(".proj") else 1.0
         value = orthogonal(shape, generator) * scale
-    elif name == "lm_head" or (name.startswith("blocks.") and name.endswith(".proj")):
+    elif output:
         value = torch.zeros(shape)
+    elif section.init == "orthogonal_zero" and large:
+        value = orthogonal(shape, generator)
     else:
         value = uniform_fan_in(shape, generator)
     linear.weight.copy_(value)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from paramgolf.errors import GolfError
 from paramgolf.recipe.sections import ModelSection
 
 RESID_INIT = 1.1
@@ -23,12 +22,6 @@ class Lanes(nn.Module):
 
     def __init__(self, section: ModelSection) -> None:
         super().__init__()
-        first_decoder = section.num_layers // 2 if section.skips == "unet" else 0
-        if not first_decoder <= section.lanes_from < section.num_layers:
-            raise GolfError(
-                f"model.lanes_from={section.lanes_from}: lanes can start at layers {first_decoder} to "
-                f"{section.num_layers - 1} here (after the layers that feed skips); change it, or -1 for no lanes"
-            )
         self.first, self.merging = section.lanes_from, section.lane_merge
         self.resid = nn.Parameter(torch.full((section.num_layers, 2), RESID_INIT))
         self.post = nn.Parameter(torch.ones(section.num_layers, 4))

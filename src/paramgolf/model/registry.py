@@ -24,12 +24,16 @@ ACTIVATIONS = Registry(
     },
 )
 
-# Order of preference of attention = "auto": the first that can run is taken.
 ATTENTION_BACKENDS = Registry(
     "attention backend",
     {
         "fa3": "paramgolf.model.backends:FlashAttention3",
         "sdpa": "paramgolf.model.backends:ScaledDotProduct",
         "math": "paramgolf.model.backends:PlainMath",
+        "varlen": "paramgolf.model.backends:VariableLength",
+        "flex": "paramgolf.model.backends:FlexAttention",
     },
 )
+# Order of preference of attention = "auto", without and with document masks: the first that can run is taken.
+DENSE_ATTENTION = ("fa3", "sdpa", "math")
+MASKED_ATTENTION = {"cuda": ("fa3", "varlen", "flex", "sdpa", "math"), "cpu": ("sdpa", "math")}

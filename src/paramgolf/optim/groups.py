@@ -37,7 +37,8 @@ def group_of(name: str, param: Tensor) -> str:
         return "head"
     if name.startswith("tok_emb.") or name.endswith(".embed.weight"):
         return "embed"
-    if param.ndim == 2 and not is_control(name) and (name.startswith("blocks.") or name.endswith(".proj.weight")):
+    is_map = name.startswith("blocks.") or name.endswith("proj.weight")
+    if param.ndim == 2 and not is_control(name) and is_map:
         return "matrix"
     return "scalar"
 
@@ -95,11 +96,12 @@ class OptimizerSet:
             nn.utils.clip_grads_with_norm_(self.params, max_norm, norm)
         return norm
 
-    def step(self, lr_mul: float, momentum: float) -> None:
-        """One step of every optimizer: learning rates times `lr_mul`, `momentum` for the matrices."""
+    def step(self, lr_mul: float, momentum: float, decay_mul: float = 1.0) -> None:
+        """One step of every optimizer: learning rates times `lr_mul`; for the matrices `momentum`, and their weight
+        decay times `decay_mul`."""
         for group, adam in self.adams.items():
             adam.step(self.base_lr(group) * lr_mul)
-        self.matrix.step(self.base_lr("matrix") * lr_mul, momentum)
+        self.matrix.step(self.base_lr("matrix") * lr_mul, momentum, decay_mul)
 
     def zero_grad(self) -> None:
         """Forget the gradients (they become None)."""

@@ -97,8 +97,8 @@ class Muon:
         return update
 
     @torch.no_grad()
-    def step(self, lr: float, momentum: float) -> None:
-        """One update of all matrices at learning rate `lr`."""
+    def step(self, lr: float, momentum: float, decay_mul: float = 1.0) -> None:
+        """One update of all matrices at learning rate `lr`, with `decay_mul` times the section's weight decay."""
         if not self.params:
             return
         mine: dict[str, Tensor] = {}
@@ -109,7 +109,7 @@ class Muon:
             # Rounded to the exchanged type also when there is nobody to exchange with: any world size, one result.
             mine.update(zip(bucket.names, update.to(self.dtype).float().unbind(0), strict=True))
         updates = self._exchange(mine)
-        self._apply([updates[name] for name in self.names], lr)
+        self._apply([updates[name] for name in self.names], lr, decay_mul * self.section.weight_decay)
 
     def state_dict(self) -> State:
         """`<key>.<parameter>` -> float32, complete on every rank; all ranks must call it."""
@@ -172,9 +172,9 @@ class Muon:
             out[name] = table[owner, start : start + param.numel()].view(param.shape)
         return out
 
-    def _apply(self, updates: list[Tensor], lr: float) -> None:
-        if self.section.weight_decay:
-            torch._foreach_mul_(self.params, 1.0 - lr * self.section.weight_decay)
+    def _apply(self, updates: list[Tensor], lr: float, decay: float) -> None:
+        if decay:
+            torch._foreach_mul_(self.params, 1.0 - lr * decay)
         # One foreach call for each aspect factor: with a dtype or a factor of its own a tensor leaves the fast path.
         factors = [max(1.0, p.size(0) / p.size(1)) ** 0.5 for p in self.params]
         for factor in dict.fromkeys(factors):

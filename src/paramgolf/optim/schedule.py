@@ -66,6 +66,23 @@ def momentum(
     return (1.0 - done) * section.momentum_warmup_start + done * final
 
 
+def loop_passes(section: ScheduleSection, extra: int, fraction: float) -> int:
+    """How many of `extra` further passes the looped layers run at `fraction` of the budget (depth recurrence).
+
+    One entry of `loop_at` begins all of them; several begin one each (#1412: progressive).
+    """
+    begun = sum(fraction >= at for at in section.loop_at)
+    return begun if len(section.loop_at) > 1 else extra * begun
+
+
+def decay_mul(section: ScheduleSection, fraction: float) -> float:
+    """The factor on the matrices' weight decay: 1 until `decay_taper_at`, then linear to `decay_taper_to` (#1729)."""
+    if fraction <= section.decay_taper_at:
+        return 1.0
+    gone = min(1.0, (fraction - section.decay_taper_at) / (1.0 - section.decay_taper_at))
+    return 1.0 + gone * (section.decay_taper_to - 1.0)
+
+
 def _window(section: ScheduleSection, budget: float, by_steps: float) -> float | None:
     """Length of the final decay in the unit of the budget; None = there is none."""
     if section.warmdown_frac > 0:

@@ -31,6 +31,7 @@ def finish(trainer: Trainer, held_out: np.ndarray | None, reserve_seconds: float
         reserve_seconds: of the budget, for what comes after training.
     """
     parts = trainer.parts
+    parts.model.set_loops(parts.recipe.model.loop_extra)  # as it is scored, however short the run was
     if not trainer.finished:
         if parts.recipe.quant.post_qat:
             trainer.save()  # the phase may be long: a killed run starts it again, not training

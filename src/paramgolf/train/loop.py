@@ -20,14 +20,14 @@ from paramgolf.errors import GolfError
 from paramgolf.model.gpt import GPT
 from paramgolf.optim.averaging import Average
 from paramgolf.optim.groups import OptimizerSet
-from paramgolf.optim.schedule import lr_mul, momentum
+from paramgolf.optim.schedule import decay_mul, lr_mul, momentum
 from paramgolf.recipe.sections import Recipe
 from paramgolf.train import compiling
 from paramgolf.train.budget import Position, Shape, StepTimer, Window, shape_at
 from paramgolf.train.callbacks import Callback, StepInfo
 from paramgolf.train.checkpoint import Snapshot, Store
 from paramgolf.train.clock import Clock
-from paramgolf.train.qat import QatSwitch
+from paramgolf.train.modes import ModeSwitch
 from paramgolf.train.runtime import restore_rng, rng_state
 from paramgolf.train.signals import Interrupted, Interrupts, name
 from paramgolf.train.step import Stepper, TokenSource, raise_together
@@ -44,12 +44,12 @@ class Parts:
     opts: OptimizerSet
     loader: TokenSource
     stepper: Stepper
-    qat: QatSwitch
+    modes: ModeSwitch
     average: Average | None
     dist: Dist
     clock: Clock
     callback: Callback
-    store: Store
+    store: Store | None = None  # None: no checkpoints
     interrupts: Interrupts = field(default_factory=Interrupts)
 
 
@@ -126,14 +126,15 @@ class Trainer:
         return self.stop_reason
 
     def _enter_stage(self) -> Shape:
-        """Apply what the stage table and the QAT start say for this point."""
+        """Apply what the stage table and the starts of QAT and loops say for this point."""
         fraction = self.window.fraction(self.at)
         shape = shape_at(self.parts.recipe, fraction)
         if (shape.seq_len, shape.batch_tokens) != (self._shape.seq_len, self._shape.batch_tokens):
             self.parts.loader.set_shape(shape.seq_len, shape.batch_tokens)
             self.timer.reset()
         self._shape = shape
-        self.parts.qat.set(self.parts.qat.wanted(fraction))
+        if self.parts.modes.set(self.parts.modes.wanted(fraction)):
+            self.timer.reset()
         return shape
 
     def _rates(self, shape: Shape) -> tuple[float, float]:
@@ -162,7 +163,7 @@ class Trainer:
         number = self.at.step + 1
         logged = number == 1 or number % recipe.train.log_every == 0
         norm = parts.opts.clip(recipe.optim.grad_clip) if recipe.optim.grad_clip or logged else None
-        parts.opts.step(mul, mu)
+        parts.opts.step(mul, mu, decay_mul(recipe.schedule, self.window.fraction(self.at)))
         report = parts.stepper.report()
         parts.opts.zero_grad()
         if not math.isfinite(report.loss):
@@ -184,12 +185,15 @@ class Trainer:
     def _leave(self) -> None:
         signum = int(self.parts.dist.all_max(self.parts.interrupts.pending))
         self.save()
-        where = f"checkpoint of step {self.at.step} written to {self.parts.store.folder}"
+        folder = self.parts.store.folder if self.parts.store is not None else "no folder"
+        where = f"checkpoint of step {self.at.step} written to {folder}"
         raise Interrupted(f"interrupted by {name(signum)}; {where}; go on with --resume", signum)
 
     # -- checkpoints -------------------------------------------------------------------------------------------
 
     def _save_if_due(self) -> None:
+        if self.parts.store is None:
+            return
         section = self.parts.recipe.train
         steps = section.checkpoint_every_steps
         due = bool(steps) and self.at.step % steps == 0
@@ -200,6 +204,9 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint. A collective; a failure on the main rank is every rank's GolfError."""
+        store = self.parts.store
+        if store is None:
+            return
         begun = time.perf_counter()
         snapshot = self.snapshot()
         error: Exception | None = None
@@ -207,7 +214,7 @@ class Trainer:
             try:
                 with self.parts.clock.phase("checkpoint"):
                     check_finite(snapshot, self._saved_step)
-                    self.parts.store.save(snapshot)
+                    store.save(snapshot)
             except GolfError as failure:
                 error = failure
         raise_together(self.parts.dist, error)
@@ -246,7 +253,7 @@ class Trainer:
         weights = snapshot.part("model")
         own = {k: tuple(t.shape) for k, t in parts.model.state_dict().items()}
         if own != {k: tuple(t.shape) for k, t in weights.items()}:
-            raise GolfError(f"the checkpoints in {parts.store.folder} belong to another model; choose another --out")
+            raise GolfError("the checkpoints belong to another model; choose another --out")
         parts.model.load_state_dict(weights)
         flat: dict[str, Any] = {**snapshot.tensors, **state["numbers"]}
         device = parts.dist.device

@@ -28,7 +28,7 @@ from paramgolf.train.clock import Clock
 from paramgolf.train.compiling import CompilePlan
 from paramgolf.train.finish import HELD_OUT_FRACTION, HELD_OUT_TOKENS, finish, selection_seconds
 from paramgolf.train.loop import Parts, Trainer
-from paramgolf.train.qat import QatSwitch
+from paramgolf.train.modes import ModeSwitch
 from paramgolf.train.signals import Interrupted, Interrupts, name
 from paramgolf.train.step import Stepper, raise_together
 from paramgolf.train.warmup import FirstBatches, compile_all, warm_up
@@ -174,9 +174,9 @@ class Session:
         stepper = Stepper(model, dist, runtime.micro_tokens(section, recipe.model, dist.device))
         opts = build_optimizers(model, recipe.optim, dist)
         average = build_average(recipe.average, model)
-        qat = QatSwitch(model, recipe)
+        modes = ModeSwitch(model, recipe)
         parts = Parts(
-            recipe, model, opts, loader, stepper, qat, average, dist, self.clock, self.watch, self.store, interrupts
+            recipe, model, opts, loader, stepper, modes, average, dist, self.clock, self.watch, self.store, interrupts
         )
         return parts, held_out
 
@@ -249,7 +249,7 @@ class Session:
             spent += float(snapshot.state["clock"]["strict" if kind == "strict" else "challenge"])
         count = sum(p.numel() for p in parts.model.parameters())
         kinds = {(s.seq_len, size) for s in shapes for size in parts.stepper.sizes(len(self.first(s)[0]), s.seq_len)}
-        graphs = len(kinds) * len(parts.qat.states)
+        graphs = len(kinds) * len({mode.qat for mode in parts.modes.states})  # loops have no graphs of their own
         plan = compiling.decide(self.recipe, parameters=count, graphs=graphs, device=self.dist.device.type, spent=spent)
         # a decision that depends on one rank's clock or disk must not differ between ranks
         if self.dist.all_max(float(not plan.enabled)) and plan.enabled:
@@ -259,7 +259,7 @@ class Session:
             with self.clock.phase("compile"):
                 parts.model.compile_regions()
                 reason = compile_all(
-                    parts.stepper, parts.opts, shapes, parts.qat.states, parts.qat.set, self.first,
+                    parts.stepper, parts.opts, shapes, parts.modes.states, parts.modes.set, self.first,
                     lambda: parts.interrupts.check("compilation"),
                 )  # fmt: skip
                 if reason:
@@ -285,7 +285,7 @@ class Session:
         parts, schedule = self.parts, self.recipe.schedule
         with self.clock.phase("warmup"):
             self.warmup_steps = warm_up(
-                parts.stepper, parts.opts, all_shapes(self.recipe), parts.qat.states, parts.qat.set, self.first,
+                parts.stepper, parts.opts, all_shapes(self.recipe), parts.modes.states, parts.modes.set, self.first,
                 schedule.warmup_steps, self.recipe.optim.momentum, self.recipe.optim.grad_clip,
                 lambda: parts.interrupts.check("warm-up"),
             )  # fmt: skip

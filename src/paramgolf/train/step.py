@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from paramgolf.dist import Dist
 from paramgolf.errors import GolfError
+from paramgolf.model.gpt import GPT
 from paramgolf.train.compiling import failure_reason
 
 _MESSAGE_BYTES = 400
@@ -82,12 +83,15 @@ class Stepper:
             The summed loss of these rows in nats, fp32 scalar on the device.
         """
         total = torch.zeros((), device=self.dist.device)
+        host = x
         # One copy a step: on CUDA each copy from ordinary memory first waits for everything that was launched.
         x, y = x.to(self.dist.device), y.to(self.dist.device)
         start = 0
         for size in self.sizes(x.shape[0], x.shape[1]):
             rows = slice(start, start + size)
             start += size
+            if isinstance(self.model, GPT):
+                self.model.expect_documents(host[rows])
             loss = self.model(x[rows], y[rows])
             tokens = size * x.shape[1]
             (loss if tokens == expected_tokens else loss * (tokens / expected_tokens)).backward()

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from paramgolf.optim.groups import OptimizerSet
 from paramgolf.train import compiling
 from paramgolf.train.budget import Shape
+from paramgolf.train.modes import Mode
 from paramgolf.train.runtime import restore_rng, rng_state
 from paramgolf.train.step import Stepper, TokenSource
 
-Switch = Callable[[bool], None]
+Switch = Callable[[Mode], object]
 
 
 class Saved:
@@ -65,7 +66,7 @@ def compile_all(
     stepper: Stepper,
     opts: OptimizerSet,
     shapes: list[Shape],
-    qat_states: list[bool],
+    modes: list[Mode],
     switch: Switch,
     first: FirstBatches,
     stopped: Callable[[], None] = lambda: None,
@@ -78,8 +79,8 @@ def compile_all(
     saved = Saved(stepper.model, opts)
     reason = ""
     try:
-        for qat in qat_states:
-            switch(qat)
+        for mode in modes:
+            switch(mode)
             for shape in shapes:
                 stopped()
                 x, y = first(shape)
@@ -91,7 +92,7 @@ def compile_all(
             raise
         reason = compiling.failure_reason(error)
     saved.restore()
-    switch(qat_states[0])
+    switch(modes[0])
     if dist.all_max(float(bool(reason))):
         reason = reason or "compiling failed on another rank"
     return reason
@@ -121,7 +122,7 @@ def warm_up(
     stepper: Stepper,
     opts: OptimizerSet,
     shapes: list[Shape],
-    qat_states: list[bool],
+    modes: list[Mode],
     switch: Switch,
     first: FirstBatches,
     steps: int,
@@ -129,23 +130,23 @@ def warm_up(
     grad_clip: float,
     stopped: Callable[[], None] = lambda: None,
 ) -> int:
-    """Take throw-away steps, at least one for every shape and QAT state unless `steps` is 0; returns how many.
+    """Take throw-away steps, at least one for every shape and mode unless `steps` is 0; returns how many.
 
-    A collective: all ranks take the same steps. The model is left in the first of `qat_states`.
+    A collective: all ranks take the same steps. The model is left in the first of `modes`.
     """
     if steps == 0:
         return 0
     saved = Saved(stepper.model, opts)
-    cases = [(shape, qat) for qat in reversed(qat_states) for shape in reversed(shapes)]
+    cases = [(shape, mode) for mode in reversed(modes) for shape in reversed(shapes)]
     order = cases + [cases[-1]] * (steps - len(cases))
-    for shape, qat in order:
+    for shape, mode in order:
         stopped()
-        switch(qat)
+        switch(mode)
         stepper.accumulate(partial(first, shape), shape.step_tokens)
         opts.clip(grad_clip)
         opts.step(1.0, momentum)
         stepper.report()
         opts.zero_grad()
     saved.restore()
-    switch(qat_states[0])
+    switch(modes[0])
     return len(order)

@@ -32,7 +32,8 @@ def why_not(model: GPT, length: int) -> str:
         return "seq_len must be a multiple of 32"
     if s.activation not in SLOPES:
         return f"there is no kernel for the activation '{s.activation}'"
-    if model.rope_dims != model.head_dim or s.ln_scale or s.skip_gates or s.lanes_from >= 0:
+    layers = model.rope_dims != model.head_dim or s.ln_scale or s.skip_gates or s.lanes_from >= 0
+    if layers or s.parallel_from >= 0 or s.document_mask or s.embed_dim:
         return "there is no kernel for a switch of the layers"
     if any(block.attn.layer_parts for block in model.layers):
         return "a model part changes the layers"
@@ -56,13 +57,14 @@ class NativeRunner:
         model = self.model
         terms: list[Term] = []  # their sum is the stream
         stack: list[Tensor] = []
-        for position, block in enumerate(model.layers):
-            join = position - model.num_encoder
+        layers = model.layers
+        for position, index in enumerate(model.order.layers):
+            join = position - model.order.encoder
             if join >= 0 and stack:
                 assert model.skip_weights is not None
                 terms.append((stack.pop(), model.skip_weights[join]))
-            terms = self._block(block, terms, x0, rope)
-            if position < model.num_encoder and model.skip_weights is not None:
+            terms = self._block(layers[index], terms, x0, rope)
+            if position < model.order.encoder and model.skip_weights is not None:
                 stack.append(Mix.apply(self.eps, "x", *_flat(terms)))
                 terms = [(stack[-1], None)]
         return Mix.apply(self.eps, "n", *_flat(terms))

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from paramgolf.errors import GolfError
 from paramgolf.model.cache import KVCache
+from paramgolf.model.documents import BOS_ID
 from paramgolf.recipe.sections import ModelSection
 from paramgolf.registry import close_match
 
@@ -32,16 +33,22 @@ class Flow:
 
     ids_BT: Tensor
     cache: KVCache | None = None
-    extras: dict[str, Tensor] = field(default_factory=dict)
+    extras: dict[str, Any] = field(default_factory=dict)
+    documents: bool = False  # nothing may look back over the beginning of a document
 
     def previous(self, key: str, t_BT: Tensor, fill: float) -> Tensor:
         """`t_BT` (B, T, ...) moved one position later: position t holds what was at t - 1, and the first holds `fill`
-        or, with a cache, the last position of the pass before. `key` names the stream in the cache."""
+        or, with a cache, the last position of the pass before. With `documents` a begin-of-document token's holds
+        `fill` too. `key` names the stream in the cache."""
         first = torch.full_like(t_BT[:, :1], fill)
         if self.cache is not None:
             first = self.cache.last.get(key, first)
             self.cache.last[key] = t_BT[:, -1:]
-        return torch.cat((first, t_BT[:, :-1]), dim=1)
+        moved = torch.cat((first, t_BT[:, :-1]), dim=1)
+        if not self.documents:
+            return moved
+        begins = (self.ids_BT == BOS_ID).view(*self.ids_BT.shape, *[1] * (t_BT.ndim - 2))
+        return moved.masked_fill(begins, fill)
 
 
 class LayerPart(nn.Module):

@@ -26,7 +26,7 @@ CURRENT, PREVIOUS = 36313, 27191
 class BigramHashConfig:
     __pydantic_config__ = STRICT
     buckets: Annotated[int, Field(ge=2)] = 4096  # rows; the last is kept for the first position
-    dim: Annotated[int, Field(ge=1)] = 128  # columns, projected to the model's width
+    dim: Annotated[int, Field(ge=1)] = 128  # columns, projected to the width of the token embedding
     scale: float = 0.05  # initial value of the learned factor
 
 
@@ -40,7 +40,7 @@ class BigramHash(Part):
         super().__init__(config, section, vocab_size)
         self.buckets = config.buckets
         self.embed = nn.Embedding(config.buckets, config.dim, _weight=torch.zeros(config.buckets, config.dim))
-        self.proj = Linear(config.dim, section.dim)
+        self.proj = Linear(config.dim, section.embed_dim or section.dim)
         self.scale = nn.Parameter(torch.tensor(config.scale))
 
     def bucket(self, ids_BT: Tensor, previous_BT: Tensor) -> Tensor:

@@ -34,9 +34,10 @@ class SmearGate2(Part):
 
     def __init__(self, config: SmearGate2Config, section: ModelSection, vocab_size: int) -> None:
         super().__init__(config, section, vocab_size)
-        if config.window > section.dim:
+        width = section.embed_dim or section.dim
+        if config.window > width:
             raise GolfError(
-                f"model.parts.smear_gate2.window={config.window} is wider than model.dim={section.dim}; lower it"
+                f"model.parts.smear_gate2.window={config.window} is wider than the embedding of {width}; lower it"
             )
         self.bos_id = config.bos_id
         self.gate = nn.Parameter(torch.zeros(config.window))

@@ -1,0 +1,56 @@
+"""What of the model changes at points of a run: fake quantisation, and how often the looped layers run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from paramgolf.errors import GolfError
+from paramgolf.model.gpt import GPT
+from paramgolf.optim.schedule import loop_passes
+from paramgolf.recipe.sections import Recipe
+from paramgolf.train.qat import QatSwitch
+
+
+@dataclass(frozen=True)
+class Mode:
+    """One state of the model: fake quantisation on or off, further passes of the looped layers."""
+
+    qat: bool
+    loops: int
+
+
+def check_loop_table(recipe: Recipe) -> None:
+    """GolfError unless `schedule.loop_at` names one start for all passes, or one for each in order."""
+    at, extra = recipe.schedule.loop_at, recipe.model.loop_extra
+    if len(at) not in (1, extra) or list(at) != sorted(at):
+        raise GolfError(
+            f"schedule.loop_at={list(at)} must be one fraction, or one for each of model.loop_extra={extra} passes "
+            "in rising order"
+        )
+
+
+class ModeSwitch:
+    """Puts the model into the mode of each point of training; `states` are those the run will pass through."""
+
+    def __init__(self, model: GPT, recipe: Recipe) -> None:
+        check_loop_table(recipe)
+        self._model, self._recipe = model, recipe
+        self._qat = QatSwitch(model, recipe)
+        points = sorted({0.0, recipe.quant.qat_start, *recipe.schedule.loop_at})
+        self.states = list(dict.fromkeys(self.wanted(point) for point in points))
+        self._loops = -1
+        self.set(self.states[0])
+
+    def wanted(self, fraction: float) -> Mode:
+        """The mode at `fraction` of the training window."""
+        loops = loop_passes(self._recipe.schedule, self._recipe.model.loop_extra, fraction)
+        return Mode(self._qat.wanted(fraction), loops)
+
+    def set(self, mode: Mode) -> bool:
+        """Switch; whether a step's amount of work has changed."""
+        self._qat.set(mode.qat)
+        changed = mode.loops != self._loops
+        if changed:
+            self._model.set_loops(mode.loops)
+            self._loops = mode.loops
+        return changed
