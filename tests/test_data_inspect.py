@@ -54,11 +54,14 @@ def test_prepared_data_is_described_exactly(tmp_path: Path) -> None:
     assert result["val"]["byte_table"] == {
         "true_bytes": data.val_bytes,
         "table_bytes": data.val_bytes,
+        "documents": result["val"]["documents"],
         "documents_that_differ": 0,
         "largest_difference": 0,
+        "documents_changed": 0,
+        "first": [],
     }
     assert result["duplicates"]["val_documents_in_train"] == 0
-    assert "0 documents differ" in text_of(result)
+    assert f"0 of {result['val']['documents']} documents differ" in text_of(result)
 
 
 def test_copies_are_found_over_shard_ends(tmp_path: Path) -> None:
@@ -88,6 +91,8 @@ def test_a_lossy_tokenizer_is_found_out(tmp_path: Path) -> None:
     check = result["text"]["byte_table"]
     assert check["true_bytes"] == sum(map(len, texts))
     assert check["documents_that_differ"] == 2  # squeezed blanks; the ligature is two bytes instead of three
+    assert [row["document"] for row in check["first"]] == [1, 2] and check["documents_changed"] == 3  # and a newline
+    assert "document 1: true 11, table 10, decoded 10: the tokenizer changes the text" in text_of(result)
     assert result["tokenizer"]["reversible"] is False
 
 

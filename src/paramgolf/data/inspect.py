@@ -15,7 +15,6 @@ from paramgolf.data.dataset import Dataset
 from paramgolf.data.shards import open_shard
 from paramgolf.data.sources import Source
 from paramgolf.data.tokenizer import Tokenizer
-from paramgolf.errors import GolfError
 from paramgolf.recipe.sections import DataSection
 
 
