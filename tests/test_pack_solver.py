@@ -75,8 +75,9 @@ def test_the_plan_beats_one_k_for_all_and_predicts_its_loss(tmp_path: Path) -> N
     before, after = (loss(load_artifact(tmp_path / name).state) - 3.0 for name in ("one", "fit"))
     assert after < 0.95 * before
     assert fitted.fit["predicted_loss"] == pytest.approx(after, rel=0.1)
-    ks = {name.split()[0]: group["k"] for name, group in fitted.fit["groups"].items()}
-    assert ks["mlp.fc.weight"] < ks["attn.c_v.weight"]  # what matters more gets the finer steps
+    steps = {name.split()[0]: group["step"] for name, group in fitted.fit["groups"].items()}
+    assert steps["mlp.fc.weight"] < steps["attn.c_v.weight"]  # what matters more gets the finer steps
+    assert fitted.fit["measured_loss"] == pytest.approx(after, rel=1e-3)
 
 
 def test_a_cap_beyond_the_finest_plan_gives_the_finest_plan(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from statistics import NormalDist
@@ -14,8 +14,12 @@ from torch import Tensor
 
 from paramgolf.model.gpt import GPT
 from paramgolf.pack.codecs.base import role
-from paramgolf.pack.solver import k_range
+from paramgolf.pack.container import Artifact, encode_artifact
+from paramgolf.pack.curves import COARSEST_STEP, FINEST_STEP, coarsest, finest, fit_grid, step_of
+from paramgolf.pack.ledger import group_of
+from paramgolf.pack.solver import AIM, LOWEST
 from paramgolf.pack.stored import TensorSpec, payload_bytes
+from paramgolf.quant.export import export
 from paramgolf.quant.grid import Grid
 from paramgolf.quant.plan import Store, plan, tensor_table
 from paramgolf.recipe.sections import GridSection, Recipe
@@ -25,28 +29,46 @@ OVER_ENTROPY = {"rans": 0.99, "auto": 0.99, "brotli": 1.005, "zstd": 1.03, "lzma
 _SCALE_RATIO, _KEPT_RATIO = 0.75, 0.84  # coded over plain size: sign and exponent bits mostly go, mantissas stay
 _FIXED = 250  # manifest and container
 _SAMPLE_ROWS = 24  # of each matrix
+# Codes that are really coded for a forecast: about half a second each.
+_CODED = {"rans": 1 << 21, "auto": 1 << 21, "raw": 1 << 24, "zlib": 1 << 20}
+_CODED_SLOWLY = 1 << 18
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of one part of the file: at the least, expected, at the most."""
+
+    low: float = 0.0
+    typical: float = 0.0
+    high: float = 0.0
+
+    def __add__(self, other: Sizes) -> Sizes:
+        return Sizes(self.low + other.low, self.typical + other.typical, self.high + other.high)
 
 
 @dataclass(frozen=True)
 class SizePlan:
-    """Sizes a recipe will give, in bytes. `typical` assumes Gaussian rows, `high` weights without any structure.
+    """Sizes a recipe will give, in bytes.
 
-    `low` is what trained weights have never gone below: heavier tails than a Gaussian's leave fewer bits inside a clip
-    at the maximum, and an absolute floor of the scale leaves fewer the smaller the weights are.
+    `typical` assumes Gaussian rows, `high` weights without any structure; `low` is what trained weights have never gone
+    below: heavier tails than a Gaussian's leave fewer bits inside a clip at the maximum, and an absolute floor of the
+    scale leaves fewer the smaller the weights are. With `pack.fit` all three lie at the cap, where it can be filled.
     """
 
     params: int
     payload_bytes: int  # uncompressed tensors
+    least_bytes: int  # what the cap counts, whatever the solver or training does
     low_bytes: int  # what the cap counts, at the least
     typical_bytes: int  # what the cap counts, expected
     high_bytes: int  # what the cap counts, at the most
     cap_bytes: int
+    groups: dict[str, Sizes]  # by the groups of the ledger; they sum to what the cap counts
     specs: tuple[TensorSpec, ...]
 
     @property
     def fits(self) -> bool:
         """False when there is no hope to stay within the cap (True without one): ground to refuse before training."""
-        return not self.cap_bytes or self.low_bytes <= self.cap_bytes
+        return not self.cap_bytes or self.least_bytes <= self.cap_bytes
 
 
 def plan_bytes(recipe: Recipe, vocab_size: int, *, tokenizer_bytes: int = 0, code_bytes: int = 0) -> SizePlan:
@@ -56,59 +78,170 @@ def plan_bytes(recipe: Recipe, vocab_size: int, *, tokenizer_bytes: int = 0, cod
     shapes = {name: tuple(t.shape) for name, t in state.items()}
     kept = [(n, str(t.dtype).removeprefix("torch.")) for n, t in state.items() if not t.is_floating_point()]
     specs = tensor_table(shapes, recipe.quant, recipe.model.num_layers, kept)
-    grids = {name: Grid(grid) for name, grid in recipe.quant.grids.items()}
-    overhead = _overhead(recipe)
-    low = typical = high = 0.0
+    moved = [s for s in specs if s.bits and recipe.pack.fit and recipe.quant.grids[s.store].clip == "sdclip"]
+    groups: dict[str, Sizes] = {}
+
+    def add(group: str, sizes: Sizes) -> None:
+        groups[group] = groups.get(group, Sizes()) + sizes
+
     for spec in specs:
-        if not spec.bits:
-            continue
-        grid = grids[spec.store]
-        high += spec.size * (8 if recipe.pack.codec == "raw" else math.log2(grid.qmax - grid.qmin + 1))
-        columns = spec.shape[-1] if spec.shape else 1
-        bits = spec.size * _coded_bits(gaussian_bits(grid.section, columns), spec, recipe.pack.codec, overhead)
-        typical += bits
-        least = 1.0 if recipe.pack.codec == "raw" else _low_share(grid.section)
-        if recipe.pack.fit and grid.section.clip == "sdclip":  # the solver may choose any clip
-            coarsest = replace(grid.section, clip_value=k_range(grid.section)[1])
-            bits = spec.size * _coded_bits(gaussian_bits(coarsest, columns), spec, recipe.pack.codec, overhead)
-        low += bits * least
-    scales, kept_bytes = _side_bytes(specs)
-    side = scales * _SCALE_RATIO + kept_bytes * _KEPT_RATIO
-    rest = _FIXED + (tokenizer_bytes if recipe.pack.count == "file" else code_bytes)
+        if spec.bits:
+            add("scales", Sizes(*[_scale_bytes(spec) * share for share in (0.2, _SCALE_RATIO, 1.0)]))
+        else:
+            add(group_of(spec.name), Sizes(*[spec.nbytes * share for share in (0.6, _KEPT_RATIO, 1.0)]))
+        if spec.bits and spec not in moved:
+            add(group_of(spec.name), _grid_sizes(spec, recipe))
+    add("manifest", Sizes(_FIXED / 2, _FIXED, 4 * _FIXED))
+    beside = ("tokenizer", tokenizer_bytes) if recipe.pack.count == "file" else ("code", code_bytes)
+    add(beside[0], Sizes(*[float(beside[1])] * 3))
+    fixed = sum(groups.values(), Sizes())
+    least = fixed.low + sum(_solved_bytes(spec, recipe, COARSEST_STEP) for spec in moved)
+    for group, sizes in _solved_sizes(moved, recipe, fixed).items():
+        add(group, sizes)
+    total = sum(groups.values(), Sizes())
     return SizePlan(
         params=sum(spec.size for spec in specs),
         payload_bytes=payload_bytes(specs),
-        low_bytes=round(low / 8 + side) + rest,
-        typical_bytes=round(typical / 8 + side) + rest,
-        high_bytes=round(high / 8 * max(1.0, overhead)) + scales + kept_bytes + rest,
+        least_bytes=round(least),
+        low_bytes=round(total.low),
+        typical_bytes=round(total.typical),
+        high_bytes=round(total.high),
         cap_bytes=recipe.budget.bytes,
+        groups=groups,
         specs=tuple(specs),
     )
 
 
+def _grid_sizes(spec: TensorSpec, recipe: Recipe) -> Sizes:
+    """Bytes of the codes of a tensor whose grid stays as the recipe has it."""
+    grid, codec = Grid(recipe.quant.grids[spec.store]), recipe.pack.codec
+    overhead = _overhead(recipe)
+    most = 8 if codec == "raw" else math.log2(grid.qmax - grid.qmin + 1) * max(1.0, overhead)
+    columns = spec.shape[-1] if spec.shape else 1
+    bits = _coded_bits(gaussian_bits(grid.section, columns), spec, codec, overhead)
+    least = 1.0 if codec == "raw" else _low_share(grid.section)
+    return Sizes(spec.size * bits * least / 8, spec.size * bits / 8, spec.size * most / 8)
+
+
+def _solved_bytes(spec: TensorSpec, recipe: Recipe, step: float) -> float:
+    """Bytes of the codes of a tensor that the solver gives a step of so many row deviations; Gaussian rows."""
+    bits = next((b for b in range(2, 8) if step * (2 ** (b - 1) - 1) >= 4.0), 8)
+    grid = fit_grid(recipe.quant.grids[spec.store], bits, step / step_of(bits, 1.0))
+    columns = spec.shape[-1] if spec.shape else 1
+    return spec.size * gaussian_bits(grid, columns) * _overhead(recipe) / 8
+
+
+def _solved_sizes(moved: Sequence[TensorSpec], recipe: Recipe, fixed: Sizes) -> dict[str, Sizes]:
+    """Bytes by group of what the solver moves: at one step for all, the one at which the file fills its cap."""
+    if not moved:
+        return {}
+
+    def total(step: float) -> float:
+        return sum(_solved_bytes(spec, recipe, step) for spec in moved)
+
+    room = AIM * recipe.budget.bytes - fixed.typical
+    low, high = FINEST_STEP, COARSEST_STEP
+    if room < total(low):
+        for _ in range(40):
+            step = math.sqrt(low * high)
+            low, high = (low, step) if total(step) < room else (step, high)
+    step = high if room < total(low) else low
+    filled = LOWEST * recipe.budget.bytes <= fixed.typical + total(step) <= recipe.budget.bytes
+    groups: dict[str, Sizes] = {}
+    for spec in moved:
+        size = _solved_bytes(spec, recipe, step)
+        sizes = Sizes(size, size, size) if filled else Sizes(0.85 * size, size, 1.1 * size)
+        groups[group_of(spec.name)] = groups.get(group_of(spec.name), Sizes()) + sizes
+    if filled:  # what the kept tensors take more or less, the solver gives or takes
+        largest = max(groups, key=lambda name: groups[name].typical)
+        spare = Sizes(
+            LOWEST / AIM * (fixed.typical + total(step)) - fixed.low - total(step), 0.0,
+            recipe.budget.bytes - fixed.high - total(step),
+        )  # fmt: skip
+        groups[largest] = groups[largest] + spare
+    return groups
+
+
 @torch.no_grad()
 def forecast(state: Mapping[str, Tensor], recipe: Recipe, *, tokenizer_bytes: int = 0, code_bytes: int = 0) -> int:
-    """Predicted bytes that the cap will count, if these weights were packed now; within about 2 %, in milliseconds.
+    """Predicted bytes that the cap will count, if these weights were packed now; within 2 %, in about half a second.
 
-    Some rows of every matrix are quantised as the export would and their zero-order entropy is taken, one histogram a
-    role; scales and kept tensors count at the ratio they usually code to.
+    A model of up to about a million weights is really rounded and coded. Of a larger one some rows of every matrix are
+    rounded and their zero-order entropy is taken, one histogram a role; what the codec makes of an entropy is measured
+    on whole matrices, as many as there is time for. With `pack.fit` the file is as large as its cap, where the grids
+    allow that.
     """
-    floats = {name: tuple(t.shape) for name, t in state.items() if t.is_floating_point()}
-    stores = plan(floats, recipe.quant, recipe.model.num_layers)
-    specs = [stores[name].spec(name, shape) for name, shape in floats.items()]
-    overhead = _overhead(recipe)
-    groups: dict[tuple[str, str, int], list[TensorSpec]] = {}
+    state = {name: torch.nan_to_num(t.detach()) if t.is_floating_point() else t for name, t in state.items()}
+    rest = _FIXED + (tokenizer_bytes if recipe.pack.count == "file" else code_bytes)
+    shapes = {name: tuple(t.shape) for name, t in state.items() if t.is_floating_point()}
+    stores = plan(shapes, recipe.quant, recipe.model.num_layers)
+    specs = [stores[name].spec(name, shape) for name, shape in shapes.items()]
+    limit = _CODED.get(recipe.pack.codec, _CODED_SLOWLY)
+    if not recipe.pack.fit and sum(s.size for s in specs if s.bits) <= limit:
+        return rest + _really_coded(state, recipe)[0]
+    scales = sum(_scale_bytes(s) for s in specs if s.bits)
+    kept = sum(s.nbytes for s in specs if not s.bits)
+    kept += sum(t.numel() * t.element_size() for t in state.values() if not t.is_floating_point())
+    rest += round(scales * _SCALE_RATIO + kept * _KEPT_RATIO)
+    moved = [s for s in specs if s.bits and recipe.pack.fit and recipe.quant.grids[s.store].clip == "sdclip"]
+    entropy = _entropy_bytes(state, [s for s in specs if s.bits and s not in moved], stores)
+    if recipe.pack.fit:
+        fixed = rest + entropy * _overhead(recipe)
+        ends = [_on_grids(stores, moved, grid) for grid in (coarsest, finest)]
+        low, high = (fixed + _entropy_bytes(state, moved, end) * _overhead(recipe) for end in ends)
+        return round(min(max(AIM * recipe.budget.bytes, low), high))
+    sample = _whole_matrices(specs, limit)
+    coded = _really_coded({s.name: state[s.name] for s in sample}, recipe)[1]
+    return round(rest + entropy * coded / max(1.0, _entropy_bytes(state, sample, stores)))
+
+
+def _on_grids(
+    stores: Mapping[str, Store], specs: Sequence[TensorSpec], grid: Callable[[GridSection], GridSection]
+) -> dict[str, Store]:  # fmt: skip
+    """Stores of these tensors with `grid` of their grids in place of the grids."""
+    out = {}
+    for spec in specs:
+        base = stores[spec.name].grid
+        assert base is not None
+        out[spec.name] = replace(stores[spec.name], grid=grid(base))
+    return out
+
+
+def _really_coded(state: Mapping[str, Tensor], recipe: Recipe) -> tuple[int, int]:
+    """(all bytes of these tensors in a file, those of their codes) after plain rounding."""
+    codec = "rans" if recipe.pack.codec == "auto" else recipe.pack.codec
+    tensors = export(state, replace(recipe.quant, method="rtn", coarse_fraction=0.0), recipe.model.num_layers)
+    parts = encode_artifact(Artifact({}, tensors), codec, recipe.pack.level).parts
+    return parts["codes"] + parts["scales"] + parts["kept"], parts["codes"]
+
+
+def _whole_matrices(specs: Sequence[TensorSpec], limit: int) -> list[TensorSpec]:
+    """Tensors on a grid of every role in turn, evenly over the layers, as many as stay within `limit` codes; one at
+    the least."""
+    roles: dict[tuple[str, str], list[TensorSpec]] = {}
     for spec in specs:
         if spec.bits:
-            groups.setdefault((role(spec.name), spec.store, spec.shape[-1] if spec.shape else 1), []).append(spec)
+            roles.setdefault((role(spec.name), spec.store), []).append(spec)
+    whole = sum(spec.size for spec in specs if spec.bits)
+    picked = []
+    for members in roles.values():
+        count = max(1, int(len(members) * limit / whole))
+        picked += [members[int((i + 0.5) * len(members) / count)] for i in range(count)]
+    picked.sort(key=lambda spec: spec.size)
+    sizes = list(itertools.accumulate(spec.size for spec in picked))
+    return [spec for spec, size in zip(picked, sizes, strict=True) if size <= 1.5 * limit] or picked[:1]
+
+
+def _entropy_bytes(state: Mapping[str, Tensor], specs: Sequence[TensorSpec], stores: Mapping[str, Store]) -> float:
+    """Bytes of the zero-order entropy, one histogram for a role."""
+    groups: dict[tuple[str, str, int], list[TensorSpec]] = {}
+    for spec in specs:
+        groups.setdefault((role(spec.name), spec.store, spec.shape[-1] if spec.shape else 1), []).append(spec)
     bits = 0.0
     for members in groups.values():
         entropy = _sampled_entropy([state[s.name] for s in members], stores[members[0].name])
-        bits += sum(s.size * _coded_bits(entropy, s, recipe.pack.codec, overhead) for s in members)
-    scales, kept = _side_bytes(specs)
-    kept += sum(t.numel() * t.element_size() for t in state.values() if not t.is_floating_point())
-    rest = _FIXED + (tokenizer_bytes if recipe.pack.count == "file" else code_bytes)
-    return round(bits / 8 + scales * _SCALE_RATIO + kept * _KEPT_RATIO) + rest
+        bits += sum(s.size for s in members) * entropy
+    return bits / 8
 
 
 def _low_share(grid: GridSection) -> float:
@@ -131,11 +264,9 @@ def _coded_bits(entropy: float, spec: TensorSpec, codec: str, overhead: float) -
     return entropy * overhead
 
 
-def _side_bytes(specs: Sequence[TensorSpec]) -> tuple[int, int]:
-    """Plain bytes of all scales, and of all tensors kept unquantised."""
-    scale = {"float16": 2, "float32": 4}
-    scales = sum(math.prod(s.scale_shape) * scale[s.scale_dtype] for s in specs if s.bits)
-    return scales, sum(s.nbytes for s in specs if not s.bits)
+def _scale_bytes(spec: TensorSpec) -> int:
+    """Plain bytes of a quantised tensor's scales."""
+    return math.prod(spec.scale_shape) * {"float16": 2, "float32": 4}[spec.scale_dtype]
 
 
 def _sampled_entropy(tensors: Sequence[Tensor], store: Store) -> float:
@@ -145,7 +276,7 @@ def _sampled_entropy(tensors: Sequence[Tensor], store: Store) -> float:
     for tensor in tensors:
         rows = tensor.detach().reshape(-1, tensor.shape[-1]) if tensor.ndim > 1 else tensor.detach().reshape(1, -1)
         picked.append(rows[:: max(1, rows.shape[0] // _SAMPLE_ROWS)])
-    codes, _ = Grid(store.grid).quantize(torch.nan_to_num(torch.cat(picked).float()))
+    codes, _ = Grid(store.grid).quantize(torch.cat(picked).float())
     counts = torch.bincount((codes.reshape(-1).int() + 128), minlength=256).cpu().double()
     shares = counts[counts > 0] / counts.sum()
     return float(-(shares * shares.log2()).sum())

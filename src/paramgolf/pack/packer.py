@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,10 +15,13 @@ from paramgolf.errors import GolfError
 from paramgolf.files import atomic_write
 from paramgolf.model.gpt import GPT
 from paramgolf.pack.container import Artifact, encode_artifact, read_artifact
+from paramgolf.pack.curves import Group, Loss, measure
 from paramgolf.pack.ledger import Ledger, attribute
-from paramgolf.pack.solver import Loss, solve
+from paramgolf.pack.solver import LOWEST, Fit, solve
+from paramgolf.pack.stored import StoredTensor
 from paramgolf.quant.export import export, restore
-from paramgolf.recipe.sections import ModelSection, Recipe
+from paramgolf.quant.sensitivity import mixed
+from paramgolf.recipe.sections import ModelSection, QuantSection, Recipe
 
 FORMAT = "paramgolf"
 _MODEL: TypeAdapter[ModelSection] = TypeAdapter(ModelSection)
@@ -76,10 +79,11 @@ def pack_model(
     dtype: str = "",
     hessians: Mapping[str, Tensor] | None = None,
     loss: Loss | None = None,
+    groups: Sequence[Group] | None = None,
 ) -> Ledger:
     """Quantise a state dict by the recipe's rules, code it and write the artifact whole or not at all.
 
-    With `pack.fit` the clips are solved for, so that the file fills `budget.bytes`; the ledger says how.
+    With `pack.fit` bits and clips are solved for, so that the file fills `budget.bytes`; the ledger says how.
 
     Args:
         tokenizer_compact: the tokenizer's bytes for the file (`Tokenizer.compact()`).
@@ -87,15 +91,21 @@ def pack_model(
         code_bytes: size of the code that `pack.count = "challenge"` counts beside the file.
         dtype: see `manifest_of`.
         hessians: second moments of layer inputs by tensor name, for quantisers that use them and for `pack.fit`.
-        loss: of a state dict, in nats on held-out training text; `pack.fit` measures with it what errors cost.
+        loss: of a state dict, in nats on training text; `pack.fit` measures with it what errors cost, and at the end
+            what the whole plan costs.
+        groups: curves of the same state dict measured before (`curves.measure`), for `pack.fit`.
 
     Returns the ledger, cap and counting rule included. Raises GolfError when the result is over `budget.bytes`; then
     nothing is written.
     """
 
-    def made(clips: Mapping[str, float] | None, codec: str) -> tuple[bytes, Ledger]:
-        tensors = export(state, recipe.quant, recipe.model.num_layers, hessians, clips)
-        manifest = manifest_of(recipe, vocab_size, dtype) | ({"fit": True} if clips else {})
+    quant = mixed(recipe.quant, state, recipe.model.num_layers, hessians)
+    recipe = dataclasses.replace(recipe, quant=quant)
+
+    def made(quant: QuantSection, clips: Mapping[str, float] | None, codec: str) -> _Made:
+        tensors = export(state, quant, recipe.model.num_layers, hessians, clips)
+        manifest = manifest_of(dataclasses.replace(recipe, quant=quant), vocab_size, dtype)
+        manifest |= {"fit": True} if clips else {}
         artifact = Artifact(manifest, tensors, tokenizer_compact, dict(extra or {}))
         encoded = encode_artifact(artifact, codec, recipe.pack.level)
         ledger = dataclasses.replace(
@@ -105,18 +115,45 @@ def pack_model(
             cap_bytes=recipe.budget.bytes,
             codec=encoded.codec,
         )
-        return encoded.data, ledger
+        return _Made(encoded.data, ledger, tensors)
 
-    clips, fit = None, {}
-    if recipe.pack.fit:
-        # The byte coders take minutes where rans takes a second, and `auto` has it among its candidates.
-        fast = "rans" if recipe.pack.codec == "auto" else recipe.pack.codec
-        solved = solve(state, recipe, lambda clips: made(clips, fast)[1].counted_bytes, hessians or {}, loss)
-        clips, fit = solved.clips, solved.facts()
-    data, ledger = made(clips, recipe.pack.codec)
-    check_cap(ledger)
-    atomic_write(path, data)
-    return dataclasses.replace(ledger, fit=fit)
+    if not recipe.pack.fit:
+        done, facts = made(recipe.quant, None, recipe.pack.codec), {}
+    else:
+        groups = measure(state, recipe, hessians or {}, loss) if groups is None else groups
+        fit, done = _filled(groups, recipe, made)
+        facts = fit.facts()
+        if loss is not None:
+            facts["measured_loss"] = loss(restore(done.tensors)) - loss(state)
+    check_cap(done.ledger)
+    atomic_write(path, done.data)
+    return dataclasses.replace(done.ledger, fit=facts)
+
+
+class _Made(NamedTuple):
+    """A whole artifact in memory."""
+
+    data: bytes
+    ledger: Ledger
+    tensors: list[StoredTensor]
+
+
+def _filled(
+    groups: Sequence[Group], recipe: Recipe, made: Callable[[QuantSection, Mapping[str, float] | None, str], _Made]
+) -> tuple[Fit, _Made]:  # fmt: skip
+    """The plan that fills the cap, and its file.
+
+    The byte coders take minutes where rans takes a second, so with `auto` the sizes of rans are searched; where another
+    codec then turns out so much smaller that there is room left, it is filled for that one.
+    """
+    tried = [codec := "rans" if recipe.pack.codec == "auto" else recipe.pack.codec]
+    while True:
+        fit = solve(groups, recipe, lambda quant, clips, codec=codec: made(quant, clips, codec).ledger.counted_bytes)
+        done = made(fit.quant, fit.clips, recipe.pack.codec)
+        codec = done.ledger.codec
+        if codec in tried or done.ledger.counted_bytes >= LOWEST * recipe.budget.bytes:
+            return fit, done
+        tried.append(codec)
 
 
 def check_cap(ledger: Ledger) -> None:
