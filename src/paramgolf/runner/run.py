@@ -26,6 +26,7 @@ from paramgolf.model.gpt import GPT
 from paramgolf.model.registry import ACTIVATIONS, ATTENTION_BACKENDS
 from paramgolf.optim.registry import MATRIX_OPTIMIZERS
 from paramgolf.pack.curves import Loss
+from paramgolf.pack.curves import Loss
 from paramgolf.pack.forecast import forecast, plan_bytes
 from paramgolf.pack.ledger import Ledger
 from paramgolf.pack.packer import load_model, pack_model
