@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -92,6 +92,7 @@ def score(
     dist: Dist | None = None,
     windows: str = "exact",
     lane_count: int = 1,
+    lane_starts: Sequence[int] | None = None,
     bos_id: int = 1,
     limit_seconds: float = 0.0,
     keep_nll: bool = False,
@@ -100,7 +101,8 @@ def score(
     """Score the token stream `tokens` (1-D ids, begin-of-document tokens included).
 
     `stride` 0 means `seq_len`, the standard score. `true_bytes` is the size of the original documents (None: counted
-    by the table and labelled so). `batch_tokens` is spread over the ranks of `dist` (rank, world, device,
+    by the table and labelled so). The stream is cut into `lane_count` lanes at document starts, or just at
+    `lane_starts`. `batch_tokens` is spread over the ranks of `dist` (rank, world, device,
     all_reduce_sum; None = one process on the model's device). `progress(done, total)` counts this rank's windows.
     Collective: every rank calls it and gets the same Score, except that `nll` (with `keep_nll`) holds this rank's
     contiguous part.
@@ -111,7 +113,7 @@ def score(
     rank, world = (dist.rank, dist.world) if dist is not None else (0, 1)
     stride = stride or seq_len
     tokens = np.asarray(tokens)
-    starts = lanes(tokens, lane_count, bos_id) if lane_count > 1 else (0,)
+    starts = lane_starts if lane_starts is not None else lanes(tokens, lane_count, bos_id) if lane_count > 1 else (0,)
     whole = plan(len(tokens), seq_len, stride, windows, lane_starts=starts)
     if not len(whole):
         raise GolfError(f"nothing to score: {len(tokens)} tokens hold no full window; use score.windows=exact")
