@@ -267,7 +267,7 @@ class Decoder:
 
     def step(self, logits: torch.Tensor) -> np.ndarray:
         """The next token of every lane, int64 (lanes,), -1 where the lane has ended; `logits`: (lanes, V), those of
-        ended lanes are not used but must be finite."""
+        ended lanes are not used but must be finite. Raises CheckFailed where the stream has been read to its end."""
         levels = [level.cpu().numpy() for level in masses(logits)]
         lane = np.arange(len(self.lengths))
 
@@ -294,6 +294,8 @@ class Decoder:
         for index in np.flatnonzero(~ended):
             self._checks[index] = zlib.crc32(int(prefix[index]).to_bytes(2, "little"), self._checks[index])
         self.position += 1
+        if self._reader.overrun:  # at once: a hostile header may promise more tokens than time to decode them
+            raise self._wrong()
         return np.where(ended, -1, prefix)
 
     def _read_places(self, ended: np.ndarray) -> None:
@@ -309,10 +311,13 @@ class Decoder:
         """Raises CheckFailed unless every token came back as it went in."""
         seals = self._reader.seals() if self.done else None
         if seals is None or not np.array_equal(seals, np.array(self._checks) & _SEAL_MASK):
-            raise CheckFailed(
-                "the decoded tokens do not match their checksum: the stream or the model is not the one it was coded "
-                f"with, or this machine's log-odds differ by more than the tolerance of {self.settings.tolerance:g}"
-            )
+            raise self._wrong()
+
+    def _wrong(self) -> CheckFailed:
+        return CheckFailed(
+            "the decoded tokens do not match their checksum: the stream or the model is not the one it was coded "
+            f"with, or this machine's log-odds differ by more than the tolerance of {self.settings.tolerance:g}"
+        )
 
 
 def _varint(value: int) -> bytes:

@@ -93,6 +93,11 @@ class Reader:
             self._state[hungry] = (self._state[hungry] << _WORD) | fill
         return bit
 
+    @property
+    def overrun(self) -> bool:
+        """Whether more was read than the writer wrote: the stream is damaged or was read wrongly."""
+        return self._next > len(self._words)
+
     def seals(self) -> np.ndarray | None:
         """After the last step: the writer's seals, int64 (lanes,); None if words are left or missing."""
         return (self._state - _LOW).astype(np.int64) if self._next == len(self._words) else None

@@ -139,11 +139,15 @@ def lanes(tokens: np.ndarray, count: int, bos_id: int) -> tuple[int, ...]:
     >>> lanes(np.array([1, 5, 6, 1, 7, 8, 9, 1, 4, 4]), 2, bos_id=1)
     (0, 3)
     """
-    documents = np.flatnonzero(np.asarray(tokens) == bos_id)
-    documents = documents[(documents > 0) & (documents < len(tokens) - 1)]  # a lane needs a target
+    return lanes_between(np.flatnonzero(np.asarray(tokens) == bos_id), len(tokens), count)
+
+
+def lanes_between(documents: np.ndarray, n_tokens: int, count: int) -> tuple[int, ...]:
+    """`lanes` of a stream of `n_tokens` whose documents begin at the ascending indices `documents` (int)."""
+    documents = documents[(documents > 0) & (documents < n_tokens - 1)]  # a lane needs a target
     cuts = {0}
     for i in range(1, count):
-        ideal = len(tokens) * i // count
+        ideal = n_tokens * i // count
         near = documents[max(0, int(np.searchsorted(documents, ideal)) - 1) :][:2]
         if len(near):
             cuts.add(int(near[np.argmin(np.abs(near - ideal))]))
