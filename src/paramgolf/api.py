@@ -16,6 +16,7 @@ from typing import Any, cast
 import numpy as np
 
 from paramgolf.data import sources
+from paramgolf.data.byte_oracle import check_stream
 from paramgolf.data.dataset import open_text
 from paramgolf.data.tokenizer import Tokenizer
 from paramgolf.dist import pick_device
@@ -82,10 +83,11 @@ class LanguageModel:
             with tempfile.TemporaryDirectory() as folder:
                 spooled = sources.spool_stdin(Path(folder))
                 named = spooled.path.rename(spooled.path.with_suffix(f".{spooled.kind}"))
-                tokens, true_bytes, _ = open_text(named, self.tokenizer)
+                tokens, true_bytes, sizes = open_text(named, self.tokenizer)
         else:
-            tokens, true_bytes, _ = open_text(source, self.tokenizer)
-        results = self._score(tokens, true_bytes, 0, seq_len, 0.0, progress).as_dict()
+            tokens, true_bytes, sizes = open_text(source, self.tokenizer)
+        table = check_stream(tokens, sizes, self.tokenizer, where=str(source)).as_dict() if sizes else None
+        results = self._score(tokens, true_bytes, 0, seq_len, 0.0, progress).as_dict() | {"byte_table": table}
         if stride:
             results |= self._score(tokens, true_bytes, stride, seq_len, 0.0, progress).as_dict()
         return results

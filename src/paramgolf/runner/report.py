@@ -10,7 +10,7 @@ from typing import Any
 
 from paramgolf.files import atomic_write
 from paramgolf.runner.folder import RunFolder
-from paramgolf.runner.summary import score_rows, seconds_rows
+from paramgolf.runner.summary import byte_table_lines, score_rows, seconds_rows
 
 
 def write_report(folder: RunFolder, record: dict[str, Any], title: str) -> None:
@@ -78,6 +78,7 @@ def _headline(record: dict[str, Any]) -> list[tuple[str, str]]:
             f"{record['steps']:,} steps, {record['train_tokens']:,} tokens, {record['step_ms']:.1f} ms a step",
         ),
         ("scored", f"{record['scored_tokens']:,} tokens, {record['scored_bytes']:,} bytes"),
+        *(("byte table of the tokenizer", line) for line in byte_table_lines(record)[:1]),
         ("peak memory", f"{record['peak_memory_bytes'] / 2**20:,.0f} MiB"),
     ]
     return rows

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from paramgolf.data.byte_oracle import check_dataset
 from paramgolf.data.cache import cache_root
 from paramgolf.data.dataset import Dataset, prepare
 from paramgolf.data.progress import ProgressReport
@@ -25,7 +26,6 @@ from paramgolf.errors import GolfError, on_every_rank
 from paramgolf.model.gpt import GPT
 from paramgolf.model.registry import ACTIVATIONS, ATTENTION_BACKENDS
 from paramgolf.optim.registry import MATRIX_OPTIMIZERS
-from paramgolf.pack.curves import Loss
 from paramgolf.pack.curves import Loss
 from paramgolf.pack.forecast import forecast, plan_bytes
 from paramgolf.pack.ledger import Ledger
@@ -99,7 +99,8 @@ def _work(recipe: Recipe, folder: RunFolder, dist: Dist, clock: Clock, resume: b
     with clock.phase("data", outside=True):
         dataset = _dataset(recipe, dist)
         _on_main(dist, lambda: folder.same_data(dataset.passport))
-    job = Job(recipe, folder, dataset, dist, clock, dataset.tokenizer.compact())
+        byte_table = _on_main(dist, lambda: _byte_table(dataset))
+    job = Job(recipe, folder, dataset, dist, clock, dataset.tokenizer.compact(), byte_table)
     with on_every_rank():
         check(recipe, job.vocab_size, len(job.tokenizer_bytes))
     trained = job.train(resume)
@@ -107,6 +108,11 @@ def _work(recipe: Recipe, folder: RunFolder, dist: Dist, clock: Clock, resume: b
     ledger = job.pack(trained)
     results = job.score_artifact()
     return job.conclude(trained, floats, ledger, results) if dist.is_main else None
+
+
+def _byte_table(dataset: Dataset) -> dict[str, Any] | None:
+    check = check_dataset(dataset)
+    return None if check is None else check.as_dict()
 
 
 def _on_main(dist: Dist, work: Callable[[], Any]) -> Any:
@@ -182,6 +188,7 @@ class Job:
     dist: Dist
     clock: Clock
     tokenizer_bytes: bytes
+    byte_table: dict[str, Any] | None  # the tokenizer's against the validation documents
 
     @property
     def vocab_size(self) -> int:
@@ -301,6 +308,7 @@ class Job:
         record = {
             **causes(recipe, self.folder),
             **results,
+            "byte_table": self.byte_table,
             "val_loss_float": floats.val_loss,
             "val_bpb_float": floats.val_bpb,
             "artifact_bytes": self.folder.artifact.stat().st_size,

@@ -54,8 +54,23 @@ def score_rows(record: dict[str, Any]) -> list[tuple[str, float]]:
     if record.get("val_bpb_sliding") is not None:
         name = f"model.golf, windows sliding by {record['stride']} tokens"
         rows = [(name, record["val_bpb_sliding"]), ("model.golf, windows side by side", record["val_bpb"])]
+    rows += table_rows(record, "model.golf, by the tokenizer's byte table")
     rows.append(("the weights before quantisation", record["val_bpb_float"]))
     return rows + [(f"{name}, for comparison", peer["bpb"]) for name, peer in record["peers"].items()]
+
+
+def table_rows(result: dict[str, Any], name: str) -> list[tuple[str, float]]:
+    """The score by the tokenizer's byte table, where that is another than by the bytes of the documents."""
+    by_table = result.get("val_bpb_table")
+    return [(name, by_table)] if by_table is not None and result["table_bytes"] != result["scored_bytes"] else []
+
+
+def byte_table_lines(result: dict[str, Any]) -> list[str]:
+    """Where the tokenizer's byte table differs from the documents; nothing if it does not, or there are none."""
+    from paramgolf.data.byte_oracle import table_lines
+
+    check = result.get("byte_table")
+    return table_lines(check) if check and check["documents_that_differ"] else []
 
 
 def seconds_rows(record: dict[str, Any]) -> list[tuple[str, str]]:
@@ -80,6 +95,7 @@ def summary_text(record: dict[str, Any]) -> str:
         [
             f"{head}, {record['train_tokens']:,} tokens",
             table_text(score, title=f"bits per byte over {scored} (val_bpb; lower is better, unpacked text has 8)"),
+            *(["\n".join(lines)] if (lines := byte_table_lines(record)) else []),
             table_text(sizes, title=size),
             table_text(seconds_rows(record), title="seconds"),
             table_text(where, numbers=False),
@@ -97,8 +113,11 @@ def score_text(result: dict[str, Any]) -> str:
                 f"{result['val_loss_sliding']:.6f}",
             )
         )
+    rows += [(name, f"{value:.6f}", "") for name, value in table_rows(result, "standard, by the byte table")]
     title = f"{result['scored_tokens']:,} tokens, {result['scored_bytes']:,} bytes"
-    return table_text(rows, header=("windows", "val_bpb", "val_loss"), title=title)
+    return "\n".join(
+        [table_text(rows, header=("windows", "val_bpb", "val_loss"), title=title), *byte_table_lines(result)]
+    )
 
 
 def artifact_facts(path: Path) -> dict[str, Any]:

@@ -60,6 +60,11 @@ class Score:
     nll: np.ndarray | None = None  # (scored_tokens,) float32, in the order of the plan's targets; only if asked for
 
     @property
+    def val_bpb_table(self) -> float | None:
+        """Bits per byte if the tokenizer's byte table were right; None if it counts nothing."""
+        return self.val_bpb * self.scored_bytes / self.table_bytes if self.table_bytes else None
+
+    @property
     def sliding(self) -> bool:
         return self.stride < self.seq_len
 
@@ -73,6 +78,7 @@ class Score:
             "scored_tokens": self.scored_tokens,
             "scored_bytes": self.scored_bytes,
             "table_bytes": self.table_bytes,
+            "val_bpb_table": self.val_bpb_table,
             "bytes_from": self.bytes_from,
             "eval_seq_len": self.seq_len,
             "windows": self.windows,
