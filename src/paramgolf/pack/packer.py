@@ -61,6 +61,7 @@ def manifest_of(recipe: Recipe, vocab_size: int, dtype: str = "") -> dict[str, A
             "train_seq_len": recipe.train.seq_len,
             "stride": recipe.score.stride,
             "dtype": dtype or recipe.train.dtype,
+            **({"lanes": recipe.score.lanes} if recipe.score.lanes > 1 else {}),
         },
         "tokenizer": "compact",
         "grids": {name: dataclasses.asdict(grid) for name, grid in recipe.quant.grids.items() if name in used},
