@@ -30,6 +30,7 @@ from paramgolf.score.scorer import Score
 Progress = Callable[[int, int], None]
 CPU_BATCH_TOKENS = 16_384  # larger batches only cost memory on a CPU
 CUDA_BATCH_TOKENS = 131_072
+MAX_LANES = 1 << 16  # whatever a file claims
 
 
 class LanguageModel:
@@ -50,6 +51,11 @@ class LanguageModel:
     def seq_len(self) -> int:
         """Window length the artifact is meant to be scored with."""
         return int(self._score_config("seq_len") or self._score_config("train_seq_len") or 1024)
+
+    @property
+    def lanes(self) -> int:
+        """Lanes that the artifact's own score cuts a text into, at document starts (`score.lanes`)."""
+        return min(max(1, self._score_config("lanes")), MAX_LANES)
 
     def _score_config(self, key: str) -> int:
         table = self.config.get("score")
@@ -141,7 +147,7 @@ class LanguageModel:
         return scorer.score(
             self.model, tokens, token_bytes=self.tokenizer.token_bytes, true_bytes=true_bytes,
             seq_len=seq_len or self.seq_len, stride=stride, batch_tokens=self._batch_tokens,
-            bos_id=self.tokenizer.bos_id, limit_seconds=limit, progress=progress,
+            lane_count=self.lanes, bos_id=self.tokenizer.bos_id, limit_seconds=limit, progress=progress,
         )  # fmt: skip
 
 
