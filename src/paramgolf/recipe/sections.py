@@ -29,7 +29,8 @@ class DataSection:
     tokenizer: str = ""  # a SentencePiece .model used unchanged; "" = train one on the training text
     vocab_size: Annotated[int, Field(ge=260, le=65535)] = 1024
     tokenizer_text_bytes: Positive = 16_000_000  # at most so much text trains the tokenizer
-    order: Literal["shuffled", "sequential"] = "shuffled"  # sequential = the reference's endless stream
+    # see data/orders.py; sequential = the reference's endless stream, packed = long rows of whole documents
+    order: Literal["shuffled", "sequential", "coprime", "shuffled_shards", "packed"] = "shuffled"
     val_max_bytes: Positive = 300_000  # size limit of a validation split made by us
     caseops: bool = False  # capitals as operators before lower-case letters (#1729), in a tokenizer that we train
     text_field: str = "text"  # the JSONL key or parquet column that holds the text
