@@ -28,6 +28,8 @@ LAYERS = [
         "paramgolf.cli",
         "paramgolf.cli_data",
         "paramgolf.cli_lab",
+        "paramgolf.cli_pack",
+        "paramgolf.cli_sweep",
         "paramgolf.cli_audit",
         "paramgolf.cli_text",
         "paramgolf.__main__",
