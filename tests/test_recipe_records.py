@@ -14,7 +14,7 @@ from paramgolf.pack.stored import payload_bytes
 from paramgolf.quant.plan import tensor_table
 from paramgolf.recipe.load import load_recipe, to_table
 from paramgolf.train.budget import all_shapes, shape_at
-from paramgolf.train.modes import check_loop_table
+from paramgolf.train.modes import check_switches
 
 RECORDS = ("record-1.1458", "record-1.1228", "record-1.0856", "record-1.0611", "record-1.0565")
 PARAMS = {
@@ -60,7 +60,7 @@ def test_the_challenge_rules_hold_and_the_switches_fit(name: str) -> None:
     recipe = load_recipe(name)
     assert (recipe.budget.seconds, recipe.budget.bytes, recipe.budget.clock) == (600.0, 16_000_000, "challenge")
     assert recipe.pack.count == "challenge" and recipe.train.batch_tokens == 786_432
-    check_loop_table(recipe)
+    check_switches(recipe)
     assert all(shape.step_tokens == recipe.train.batch_tokens for shape in all_shapes(recipe))
 
 

@@ -23,6 +23,7 @@ KINDS = {
     "C_schedule": "frontier_c_schedule",
     "C_statedict": "c_statedict",
     "C_fullsize": "c_fullsize",
+    "C_trajectory": "frontier_c_trajectory",
     "D_eval": "d_eval",
     "D_prefix": "d_prefix",
     "D_fullsize": "frontier_d_fullsize",

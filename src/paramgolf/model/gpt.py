@@ -331,7 +331,8 @@ class GPT(nn.Module):
         """(T, J) tables of positions start .. start + T - 1; with a cache, the base is that of its full length."""
         s, length = self.section, ids_BT.shape[1]
         made_for = length if cache is None else cache.max_len
-        base = stretched_base(s.rope_base, max(made_for, self.context_len), s.rope_ref_len, self.rope_dims)
+        context = max(self.segment_len or made_for, self.context_len)
+        base = stretched_base(s.rope_base, context, s.rope_ref_len, self.rope_dims)
         key = (made_for, base, ids_BT.device)
         if key not in self._rope:
             if len(self._rope) >= ROPE_TABLES_KEPT:

@@ -133,6 +133,7 @@ class Trainer:
             self.parts.loader.set_shape(shape.seq_len, shape.batch_tokens)
             self.timer.reset()
         self._shape = shape
+        self.parts.stepper.enter(shape.seq_len)
         if self.parts.modes.set(self.parts.modes.wanted(fraction)):
             self.timer.reset()
         return shape

@@ -19,8 +19,13 @@ class Mode:
     loops: int
 
 
-def check_loop_table(recipe: Recipe) -> None:
-    """GolfError unless `schedule.loop_at` names one start for all passes, or one for each in order."""
+def check_switches(recipe: Recipe) -> None:
+    """GolfError for switches of training that do not fit the model's."""
+    if recipe.data.order == "packed" and not recipe.model.document_mask:
+        raise GolfError(
+            "data.order=packed puts many documents into a row: set model.document_mask=true to keep them apart, or "
+            "use another data.order"
+        )
     at, extra = recipe.schedule.loop_at, recipe.model.loop_extra
     if len(at) not in (1, extra) or list(at) != sorted(at):
         raise GolfError(
@@ -33,7 +38,7 @@ class ModeSwitch:
     """Puts the model into the mode of each point of training; `states` are those the run will pass through."""
 
     def __init__(self, model: GPT, recipe: Recipe) -> None:
-        check_loop_table(recipe)
+        check_switches(recipe)
         self._model, self._recipe = model, recipe
         self._qat = QatSwitch(model, recipe)
         points = sorted({0.0, recipe.quant.qat_start, *recipe.schedule.loop_at})

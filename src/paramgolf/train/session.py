@@ -171,7 +171,8 @@ class Session:
             tokens, seq_len=first.seq_len, batch_tokens=first.batch_tokens, rank=dist.rank, world=dist.world,
             seed=section.seed, order=recipe.data.order, vocab_size=self.vocab_size,
         )  # fmt: skip
-        stepper = Stepper(model, dist, runtime.micro_tokens(section, recipe.model, dist.device))
+        micro_tokens = runtime.micro_tokens(section, recipe.model, dist.device)
+        stepper = Stepper(model, dist, micro_tokens, packed=recipe.data.order == "packed")
         opts = build_optimizers(model, recipe.optim, dist)
         average = build_average(recipe.average, model)
         modes = ModeSwitch(model, recipe)
@@ -248,7 +249,8 @@ class Session:
         if snapshot is not None:
             spent += float(snapshot.state["clock"]["strict" if kind == "strict" else "challenge"])
         count = sum(p.numel() for p in parts.model.parameters())
-        kinds = {(s.seq_len, size) for s in shapes for size in parts.stepper.sizes(len(self.first(s)[0]), s.seq_len)}
+        rows = [self.first(shape)[0].shape for shape in shapes]
+        kinds = {(length, size) for count, length in rows for size in parts.stepper.sizes(count, length)}
         graphs = len(kinds) * len({mode.qat for mode in parts.modes.states})  # loops have no graphs of their own
         plan = compiling.decide(self.recipe, parameters=count, graphs=graphs, device=self.dist.device.type, spent=spent)
         # a decision that depends on one rank's clock or disk must not differ between ranks

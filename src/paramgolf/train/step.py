@@ -56,17 +56,24 @@ def micro_sizes(rows: int, most: int) -> list[int]:
 
 
 class Stepper:
-    """Forward, backward and the gradient exchange. `micro_tokens`: the most tokens of one forward on one rank."""
+    """Forward, backward and the gradient exchange. `micro_tokens`: the most tokens of one forward on one rank (a row
+    at least). `packed`: rows run over many documents, which the model cuts at the training length."""
 
-    def __init__(self, model: nn.Module, dist: Dist, micro_tokens: int) -> None:
+    def __init__(self, model: nn.Module, dist: Dist, micro_tokens: int, packed: bool = False) -> None:
         self.model = model
         self.dist = dist
         self.micro_tokens = micro_tokens
+        self.packed = packed
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._tail: Tensor | None = None
         self._flat: Tensor | None = None
         self._views: list[Tensor] = []
         self._error: BaseException | None = None
+
+    def enter(self, seq_len: int) -> None:
+        """The batches that follow train a context of `seq_len` tokens."""
+        if self.packed and isinstance(self.model, GPT):
+            self.model.segment_len = seq_len
 
     def sizes(self, rows: int, seq_len: int) -> list[int]:
         """Rows of each micro batch for `rows` rows of `seq_len` tokens on this rank."""

@@ -84,6 +84,7 @@ def compile_all(
             for shape in shapes:
                 stopped()
                 x, y = first(shape)
+                stepper.enter(shape.seq_len)
                 if x.shape[0]:
                     stepper.backward(*_one_of_each(stepper, x, y), expected_tokens=shape.step_tokens)
                     opts.zero_grad()
@@ -142,6 +143,7 @@ def warm_up(
     for shape, mode in order:
         stopped()
         switch(mode)
+        stepper.enter(shape.seq_len)
         stepper.accumulate(partial(first, shape), shape.step_tokens)
         opts.clip(grad_clip)
         opts.step(1.0, momentum)
