@@ -88,7 +88,9 @@ class OptimSection:
     weight_decay: NonNegative = 0.0  # decoupled, matrix group
     embed_weight_decay: NonNegative = 0.0
     scalar_weight_decay: NonNegative = 0.0
-    grad_clip: NonNegative = 0.0  # global norm over all parameters after the all-reduce; 0 = off
+    grad_clip: NonNegative = 0.0  # global norm over all parameters after the exchange; 0 = off
+    # of the matrices' gradients: all to all ranks, or each to the rank that orthogonalises it (banked Muon, #399)
+    exchange: Literal["all_reduce", "reduce_scatter"] = "all_reduce"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,6 +211,39 @@ class ScoreSection:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TttSection:
+    """Test-time training: the model goes on learning from text it has scored, and only from that (docs/ttt.md)."""
+
+    __pydantic_config__ = STRICT
+    # lora = adapters for each document; phased = lora with pauses that train all weights on finished documents;
+    # sgd = all weights on every scored stretch of the stream; none = no such score unless asked for
+    kind: Literal["none", "lora", "phased", "sgd"] = "none"
+    adapt: tuple[Literal["head", "q", "k", "v", "o", "mlp"], ...] = ("head", "q", "k", "v", "o", "mlp")
+    rank: Positive = 8  # of an adapter
+    alpha: NonNegative = 0.0  # an adapter's output is scaled by alpha / rank; 0 = by 1
+    lr: Rate = 1e-3
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    eps: Annotated[float, Field(gt=0)] = 1e-10
+    weight_decay: NonNegative = 0.0
+    grad_steps: Positive = 1  # after each chunk
+    chunk: Positive = 32  # targets scored, then learned from
+    context: Count = 0  # tokens a chunk is predicted from, itself included; 0 = score.seq_len
+    batch_docs: Positive = 64  # documents side by side
+    order: Literal["stream", "longest"] = "stream"  # longest = similar lengths together, longest first (the records)
+    keep_a: bool = False  # the inner maps of a batch begin where the last one's ended (#1767)
+    seed: Count = 0  # of the adapters' inner maps
+    prefix_docs: Count = 2500  # phased: the last pause is after so many documents
+    phases: Positive = 3  # phased: pauses
+    sgd_lr: Rate = 1e-3  # phased, sgd: falls as a cosine over the chunks
+    sgd_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    sgd_epochs: Positive = 1
+    sgd_chunk_tokens: Positive = 32_768
+    sgd_rows: Positive = 32  # rows of score.seq_len tokens in a step
+    sgd_clip: NonNegative = 1.0  # global norm of the gradient; 0 = off
+
+
+@dataclass(frozen=True, kw_only=True)
 class BudgetSection:
     __pydantic_config__ = STRICT
     seconds: NonNegative = 0.0  # training budget; 0 = unbound
@@ -248,5 +283,6 @@ class Recipe:
     quant: QuantSection = field(default_factory=QuantSection)
     pack: PackSection = field(default_factory=PackSection)
     score: ScoreSection = field(default_factory=ScoreSection)
+    ttt: TttSection = field(default_factory=TttSection)
     budget: BudgetSection = field(default_factory=BudgetSection)
     stages: tuple[StageSection, ...] = ()
