@@ -19,6 +19,7 @@ from paramgolf import __version__, cli_text
 from paramgolf.cli_audit import app as audit_app
 from paramgolf.cli_data import app as data_app
 from paramgolf.cli_lab import app as lab_app
+from paramgolf.cli_pack import app as pack_app
 from paramgolf.cli_sweep import app as sweep_app
 from paramgolf.errors import GolfError, on_every_rank
 
@@ -32,6 +33,7 @@ app = typer.Typer(
 app.add_typer(data_app, name="data")
 cli_text.register(app)
 app.add_typer(lab_app)
+app.add_typer(pack_app)
 app.add_typer(sweep_app)
 app.add_typer(audit_app)
 

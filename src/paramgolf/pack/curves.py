@@ -3,15 +3,15 @@
 Under an entropy coder the step of a grid (k row deviations over the largest code) is the continuous knob: a coarser
 step is fewer bytes and more error; the bits only say where the codes end. For each group (a role and its store) some
 (bits, k) are measured on evenly spaced rows: the zero-order entropy of the codes, and the error of the layer outputs,
-tr(E H E^T). What a unit of error costs in loss is measured as well: the group alone is quantised coarsely and the loss
-on training text is read. Kept are the pairs that no other beats in both.
+tr(E H E^T). What a unit of error costs in loss is measured as well: the group alone is quantised coarsely, then as a
+first plan would, and the loss on training text is read. Kept are the pairs that no other beats in both.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -43,9 +43,10 @@ _ROWS = 128  # of each tensor that are measured
 Loss = Callable[[Mapping[str, Tensor]], float]  # of a state dict, in nats on fixed text
 
 
-# The grid of tensors that were on none the solver can move. A scale of 6 significant bits changes a step by 1 % at the
-# most, which no loss shows, and codes to fewer bytes.
-OPENED = GridSection(bits=PROBE_BITS, clip="sdclip", clip_value=12.0, scale_bits=5)
+# A scale of 6 significant bits changes a step by 1 % at the most, which no loss shows, and codes to fewer bytes.
+SCALE_BITS = 5
+# The grid of tensors that were on none the solver can move.
+OPENED = GridSection(bits=PROBE_BITS, clip="sdclip", clip_value=12.0, scale_bits=SCALE_BITS)
 
 
 def fit_grid(base: GridSection, bits: int, k: float) -> GridSection:
@@ -105,17 +106,24 @@ def fitted_groups(shapes: Mapping[str, tuple[int, ...]], recipe: Recipe) -> dict
 
 
 def open_up(recipe: Recipe, shapes: Mapping[str, tuple[int, ...]]) -> Recipe:
-    """The recipe with everything worth it given to the solver: what it puts on any grid, and large float matrices."""
+    """The recipe with everything worth it given to the solver: what it puts on any grid, and large float matrices;
+    with scales of few bits."""
     free = [
         name
         for name, store in plan(shapes, recipe.quant, recipe.model.num_layers).items()
         if (store.grid is not None and store.grid.clip != "sdclip")
         or (store.grid is None and len(shapes[name]) > 1 and math.prod(shapes[name]) >= WORTH and not is_control(name))
     ]
-    if not free:
-        return recipe
-    grids = {**recipe.quant.grids, "open": OPENED}
-    rules = (RuleSection(match="|".join(free), store="open"), *rules_of(recipe.quant))
+    grids = {
+        name: replace(grid, scale_bits=min(grid.scale_bits, SCALE_BITS))
+        if grid.clip == "sdclip" and grid.scale_dtype == "float16"
+        else grid
+        for name, grid in recipe.quant.grids.items()
+    }
+    rules = rules_of(recipe.quant)
+    if free:
+        grids["open"] = OPENED
+        rules = (RuleSection(match="|".join(free), store="open"), *rules)
     return replace(recipe, quant=replace(recipe.quant, grids=grids, rules=rules))
 
 
@@ -140,24 +148,115 @@ def solved_section(
     return replace(quant, grids=grids, rules=rules, coarse_grid="", coarse_fraction=0.0)
 
 
-@torch.no_grad()
-def measure(
-    state: Mapping[str, Tensor], recipe: Recipe, hessians: Mapping[str, Tensor], loss: Loss | None = None
-) -> list[Group]:
-    """The groups of a state dict with their curves.
+class Curves:
+    """The groups of a state dict with their curves, and what it takes to measure them again elsewhere.
 
     Args:
         hessians: second moments of layer inputs by tensor name; a tensor without one is weighed by its plain error.
         loss: without it, a unit of error costs the same in every group.
     """
-    shapes = {name: tuple(t.shape) for name, t in state.items() if t.is_floating_point()}
-    before = loss(state) if loss else 0.0
-    groups = []
-    for name, (base, members) in fitted_groups(shapes, recipe).items():
-        samples = [_Sample.of(state[member], hessians.get(member)) for member in members]
-        unit = _unit_cost(state, recipe, base, members, samples, hessians, loss, before) if loss else 1.0
-        groups.append(_curves(name, base, members, samples, unit))
-    return groups
+
+    @torch.no_grad()
+    def __init__(
+        self, state: Mapping[str, Tensor], recipe: Recipe, hessians: Mapping[str, Tensor], loss: Loss | None = None
+    ) -> None:
+        self.state, self.recipe, self.hessians, self.loss = state, recipe, hessians, loss
+        self.before = loss(state) if loss else 0.0
+        shapes = {name: tuple(t.shape) for name, t in state.items() if t.is_floating_point()}
+        self._measured = [
+            _Measured.of(name, base, members, [_Sample.of(state[m], hessians.get(m)) for m in members])
+            for name, (base, members) in fitted_groups(shapes, recipe).items()
+        ]
+        if loss:
+            for measured in self._measured:
+                for step in PROBE_STEPS:
+                    if self._probe(measured, PROBE_BITS, step / step_of(PROBE_BITS, 1.0)) >= PROBE_LOSS:
+                        break
+
+    @property
+    def groups(self) -> list[Group]:
+        return [measured.group() for measured in self._measured]
+
+    @torch.no_grad()
+    def refine(self, chosen: Sequence[tuple[int, float]]) -> None:
+        """Measure what each group costs on the (bits, k) that it would get: a unit of a large error costs another loss
+        than one of a small error."""
+        if self.loss:
+            for measured, (bits, k) in zip(self._measured, chosen, strict=True):
+                self._probe(measured, bits, k)
+
+    def _probe(self, measured: _Measured, bits: int, k: float) -> float:
+        """Nats that the group alone costs when it is quantised so, as the recipe does it; remembered if telling."""
+        assert self.loss is not None
+        part = {name: self.state[name] for name in measured.members}
+        section = solved_section(self.recipe.quant, [(measured.members, measured.base, bits, k)])
+        clips = dict.fromkeys(measured.members, k)
+        quantised = restore(export(part, section, self.recipe.model.num_layers, self.hessians, clips=clips))
+        increase = self.loss({**self.state, **quantised}) - self.before
+        grid = Grid(fit_grid(measured.base, bits, k))
+        error = sum(sample.measure(grid)[1] for sample in measured.samples)
+        if error > 0 and (increase >= PROBE_LOSS or not measured.anchors):
+            measured.anchors.append((error, max(increase, LEAST_LOSS)))
+        return increase
+
+
+@dataclass
+class _Measured:
+    """A group and every (bits, k) of it with bytes and weighted error; `anchors` are (error, nats) that were seen.
+
+    The errors are those of plain rounding; a quantiser that makes up for them lowers what they cost.
+    """
+
+    name: str
+    members: tuple[str, ...]
+    base: GridSection
+    samples: list[_Sample]
+    bits: np.ndarray
+    k: np.ndarray
+    bytes: np.ndarray
+    errors: np.ndarray
+    anchors: list[tuple[float, float]] = field(default_factory=list)
+
+    @staticmethod
+    def of(name: str, base: GridSection, members: Sequence[str], samples: list[_Sample]) -> _Measured:
+        peak = min(MOST_K, max(2 * LEAST_K, max(sample.peak() for sample in samples)))
+        found: list[tuple[np.ndarray, ...]] = []
+        for bits in range(LEAST_BITS, MOST_BITS + 1):
+            # Beyond the peak a larger k is a coarser step only, and from twice the peak on fewer bits do that as well.
+            ks = np.geomspace(LEAST_K, min(COARSEST_STEP / step_of(bits, 1.0), 2.4 * peak), _POINTS)
+            sizes, errors = np.zeros(_POINTS), np.zeros(_POINTS)
+            for index, k in enumerate(ks):
+                grid = Grid(fit_grid(base, bits, float(k)))
+                for sample in samples:
+                    size, error = sample.measure(grid)
+                    sizes[index] += size / 8
+                    errors[index] += error
+            dense = np.geomspace(ks[0], ks[-1], _DENSE)
+            at, known = np.log(dense), np.log(ks)
+            between = np.exp(np.interp(at, known, np.log(np.maximum(errors, 1e-30))))
+            found.append((np.full(_DENSE, bits), dense, np.interp(at, known, sizes), between))
+        columns = [np.concatenate(column) for column in zip(*found, strict=True)]
+        return _Measured(name, tuple(members), base, samples, *columns)
+
+    def group(self) -> Group:
+        """The pairs that no other beats in bytes and in cost."""
+        cost = self._cost()
+        order = np.lexsort((cost, self.bytes))
+        least = np.minimum.accumulate(cost[order])
+        kept = order[np.concatenate([[True], least[1:] < least[:-1]])]
+        weights = round(sum(sample.times * sample.rows_RC.numel() for sample in self.samples))
+        return Group(
+            self.name, self.members, self.base, weights, self.bits[kept], self.k[kept], self.bytes[kept], cost[kept]
+        )
+
+    def _cost(self) -> np.ndarray:
+        """Nats of every pair: the error times what a unit costs at the anchors, interpolated between them."""
+        if not self.anchors:
+            return self.errors
+        told = [anchor for anchor in self.anchors if anchor[1] >= PROBE_LOSS] or self.anchors[-1:]
+        errors, nats = (np.array(column) for column in zip(*sorted(dict(told).items()), strict=True))
+        unit = np.interp(np.log(np.maximum(self.errors, 1e-30)), np.log(errors), np.log(nats / errors))
+        return self.errors * np.exp(unit)
 
 
 @dataclass(frozen=True)
@@ -187,53 +286,3 @@ class _Sample:
         std = self.rows_RC.std(-1)
         ratio = torch.where(std > 0, self.rows_RC.abs().amax(-1) / std.clamp_min(1e-30), 0.0)
         return float(ratio.max()) if ratio.numel() else LEAST_K
-
-
-def _curves(
-    name: str, base: GridSection, members: Sequence[str], samples: Sequence[_Sample], unit_cost: float
-) -> Group:  # fmt: skip
-    peak = min(MOST_K, max(2 * LEAST_K, max(sample.peak() for sample in samples)))
-    found: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
-    for bits in range(LEAST_BITS, MOST_BITS + 1):
-        # Beyond the peak a larger k is a coarser step only, and from twice the peak on fewer bits do that as well.
-        last = min(COARSEST_STEP / step_of(bits, 1.0), 2.4 * peak)
-        ks = np.geomspace(LEAST_K, last, _POINTS)
-        sizes, errors = np.zeros(_POINTS), np.zeros(_POINTS)
-        for index, k in enumerate(ks):
-            grid = Grid(fit_grid(base, bits, float(k)))
-            for sample in samples:
-                size, error = sample.measure(grid)
-                sizes[index] += size / 8
-                errors[index] += error
-        dense = np.geomspace(LEAST_K, last, _DENSE)
-        between = np.interp(np.log(dense), np.log(ks), np.log(np.maximum(errors, 1e-30)))
-        found.append((np.full(_DENSE, bits), dense, np.interp(np.log(dense), np.log(ks), sizes), np.exp(between)))
-    bits_all, k_all, bytes_all, errors_all = (np.concatenate(column) for column in zip(*found, strict=True))
-    order = np.lexsort((errors_all, bytes_all))
-    least = np.minimum.accumulate(errors_all[order])
-    kept = order[np.concatenate([[True], least[1:] < least[:-1]])]
-    weights = round(sum(sample.times * sample.rows_RC.numel() for sample in samples))
-    cost = unit_cost * errors_all[kept]
-    return Group(name, tuple(members), base, weights, bits_all[kept], k_all[kept], bytes_all[kept], cost)
-
-
-def _unit_cost(
-    state: Mapping[str, Tensor], recipe: Recipe, base: GridSection, members: Sequence[str],
-    samples: Sequence[_Sample], hessians: Mapping[str, Tensor], loss: Loss, before: float,
-) -> float:  # fmt: skip
-    """Nats that a unit of plain rounding's weighted error costs when the group is quantised as the recipe does it.
-
-    A quantiser that makes up for errors lowers this, not the error itself. Never below a small positive number.
-    """
-    part = {name: state[name] for name in members}
-    increase = error = 0.0
-    for step in PROBE_STEPS:
-        k = step / step_of(PROBE_BITS, 1.0)
-        section = solved_section(recipe.quant, [(members, base, PROBE_BITS, k)])
-        clips = dict.fromkeys(members, k)
-        quantised = restore(export(part, section, recipe.model.num_layers, hessians, clips=clips))
-        increase = loss({**state, **quantised}) - before
-        error = sum(sample.measure(Grid(fit_grid(base, PROBE_BITS, k)))[1] for sample in samples)
-        if increase >= PROBE_LOSS:
-            break
-    return max(increase, LEAST_LOSS) / max(error, 1e-30)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,9 +15,9 @@ from paramgolf.errors import GolfError
 from paramgolf.files import atomic_write
 from paramgolf.model.gpt import GPT
 from paramgolf.pack.container import Artifact, encode_artifact, read_artifact
-from paramgolf.pack.curves import Group, Loss, measure
+from paramgolf.pack.curves import Curves, Group, Loss
 from paramgolf.pack.ledger import Ledger, attribute
-from paramgolf.pack.solver import LOWEST, Fit, solve
+from paramgolf.pack.solver import LOWEST, Fit, cap_of, rough_plan, solve
 from paramgolf.pack.stored import StoredTensor
 from paramgolf.quant.export import export, restore
 from paramgolf.quant.sensitivity import mixed
@@ -80,7 +80,7 @@ def pack_model(
     dtype: str = "",
     hessians: Mapping[str, Tensor] | None = None,
     loss: Loss | None = None,
-    groups: Sequence[Group] | None = None,
+    curves: Curves | None = None,
 ) -> Ledger:
     """Quantise a state dict by the recipe's rules, code it and write the artifact whole or not at all.
 
@@ -94,7 +94,7 @@ def pack_model(
         hessians: second moments of layer inputs by tensor name, for quantisers that use them and for `pack.fit`.
         loss: of a state dict, in nats on training text; `pack.fit` measures with it what errors cost, and at the end
             what the whole plan costs.
-        groups: curves of the same state dict measured before (`curves.measure`), for `pack.fit`.
+        curves: those of this very state dict and `hessians`, measured before, for `pack.fit`; they get better with use.
 
     Returns the ledger, cap and counting rule included. Raises GolfError when the result is over `budget.bytes`; then
     nothing is written.
@@ -103,29 +103,18 @@ def pack_model(
     quant = mixed(recipe.quant, state, recipe.model.num_layers, hessians)
     recipe = dataclasses.replace(recipe, quant=quant)
 
-    def made(quant: QuantSection, clips: Mapping[str, float] | None, codec: str) -> _Made:
-        tensors = export(state, quant, recipe.model.num_layers, hessians, clips)
-        manifest = manifest_of(dataclasses.replace(recipe, quant=quant), vocab_size, dtype)
-        manifest |= {"fit": True} if clips else {}
-        artifact = Artifact(manifest, tensors, tokenizer_compact, dict(extra or {}))
-        encoded = encode_artifact(artifact, codec, recipe.pack.level)
-        ledger = dataclasses.replace(
-            attribute(encoded.parts, tensors),
-            code_bytes=code_bytes,
-            count=recipe.pack.count,
-            cap_bytes=recipe.budget.bytes,
-            codec=encoded.codec,
-        )
-        return _Made(encoded.data, ledger, tensors)
-
-    if not recipe.pack.fit:
-        done, facts = made(recipe.quant, None, recipe.pack.codec), {}
+    cap = cap_of(recipe) if recipe.pack.fit else 0
+    maker = _Maker(state, recipe, tokenizer_compact, vocab_size, dict(extra or {}), code_bytes, dtype, hessians)
+    facts: dict[str, Any] = {}
+    if not cap:
+        done = maker.coded(recipe.quant, None, recipe.pack.codec)
     else:
-        groups = measure(state, recipe, hessians or {}, loss) if groups is None else groups
-        fit, done = _filled(groups, recipe, made)
+        curves = curves or Curves(state, recipe, hessians or {}, loss)
+        curves.refine(rough_plan(curves.groups, cap))
+        fit, done = _filled(curves.groups, recipe, maker)
         facts = fit.facts()
-        if loss is not None:
-            facts["measured_loss"] = loss(restore(done.tensors)) - loss(state)
+        if curves.loss is not None:
+            facts["measured_loss"] = curves.loss(restore(done.tensors)) - curves.before
     check_cap(done.ledger)
     atomic_write(path, done.data)
     return dataclasses.replace(done.ledger, fit=facts)
@@ -139,9 +128,39 @@ class _Made(NamedTuple):
     tensors: list[StoredTensor]
 
 
-def _filled(
-    groups: Sequence[Group], recipe: Recipe, made: Callable[[QuantSection, Mapping[str, float] | None, str], _Made]
-) -> tuple[Fit, _Made]:  # fmt: skip
+@dataclasses.dataclass
+class _Maker:
+    """Makes artifacts of one state dict by several plans; the last plan's integers are kept for the next codec."""
+
+    state: Mapping[str, Tensor]
+    recipe: Recipe
+    tokenizer: bytes
+    vocab_size: int
+    extra: dict[str, bytes]
+    code_bytes: int
+    dtype: str
+    hessians: Mapping[str, Tensor] | None
+    _kept: tuple[Any, list[StoredTensor]] | None = None
+
+    def coded(self, quant: QuantSection, clips: Mapping[str, float] | None, codec: str) -> _Made:
+        """The file whose weights are stored by `quant`, with clips by tensor name where given."""
+        recipe = dataclasses.replace(self.recipe, quant=quant)
+        if self._kept is None or self._kept[0] != (quant, clips):
+            self._kept = (quant, clips), export(self.state, quant, recipe.model.num_layers, self.hessians, clips)
+        tensors = self._kept[1]
+        manifest = manifest_of(recipe, self.vocab_size, self.dtype) | ({"fit": True} if clips else {})
+        encoded = encode_artifact(Artifact(manifest, tensors, self.tokenizer, self.extra), codec, recipe.pack.level)
+        ledger = dataclasses.replace(
+            attribute(encoded.parts, tensors),
+            code_bytes=self.code_bytes,
+            count=recipe.pack.count,
+            cap_bytes=recipe.budget.bytes,
+            codec=encoded.codec,
+        )
+        return _Made(encoded.data, ledger, tensors)
+
+
+def _filled(groups: Sequence[Group], recipe: Recipe, maker: _Maker) -> tuple[Fit, _Made]:
     """The plan that fills the cap, and its file.
 
     The byte coders take minutes where rans takes a second, so with `auto` the sizes of rans are searched; where another
@@ -149,8 +168,8 @@ def _filled(
     """
     tried = [codec := "rans" if recipe.pack.codec == "auto" else recipe.pack.codec]
     while True:
-        fit = solve(groups, recipe, lambda quant, clips, codec=codec: made(quant, clips, codec).ledger.counted_bytes)
-        done = made(fit.quant, fit.clips, recipe.pack.codec)
+        fit = solve(groups, recipe, lambda quant, clips, c=codec: maker.coded(quant, clips, c).ledger.counted_bytes)
+        done = maker.coded(fit.quant, fit.clips, recipe.pack.codec)
         codec = done.ledger.codec
         if codec in tried or done.ledger.counted_bytes >= LOWEST * recipe.budget.bytes:
             return fit, done

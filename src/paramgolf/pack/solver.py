@@ -18,6 +18,7 @@ from paramgolf.recipe.sections import QuantSection, Recipe
 
 LOWEST, HIGHEST = 0.998, 1.0  # parts of the cap between which the file must land
 AIM = 0.9993  # where the search aims
+FIRST = 0.95  # of the cap for the codes of the solved tensors, at the first try
 ENCODES = 10  # real encodes after which the best so far is taken
 KILOBYTE = 1000
 _TARGETS = 40  # estimates tried; plans that were coded before cost nothing
@@ -78,10 +79,21 @@ def solve(groups: Sequence[Group], recipe: Recipe, size: Size) -> Fit:
 
     Raises GolfError when the coarsest plan does not fit, with its size.
     """
-    cap = recipe.budget.bytes
-    if not cap:
+    return _Search(list(groups), recipe.quant, size, cap_of(recipe)).run()
+
+
+def cap_of(recipe: Recipe) -> int:
+    """The cap to fill. GolfError without one."""
+    if not recipe.budget.bytes:
         raise GolfError("pack.fit fills a byte cap and there is none; set budget.bytes, or pack.fit=false")
-    return _Search(list(groups), recipe.quant, size, cap).run()
+    return recipe.budget.bytes
+
+
+def rough_plan(groups: Sequence[Group], cap: int) -> list[tuple[int, float]]:
+    """(bits, k) of every group in about the plan for `cap`, by estimates alone."""
+    search = _Search(list(groups), QuantSection(), lambda quant, clips: 0, cap)
+    choice = search.estimated(FIRST * cap)
+    return [(int(group.bits[index]), float(group.k[index])) for group, index in zip(groups, choice, strict=True)]
 
 
 class _Search:
@@ -97,9 +109,9 @@ class _Search:
         fits: float | None = None  # the largest estimate known to fit, and its plan
         too_large: float | None = None  # the smallest known not to
         best: list[int] = []
-        target = min(max(0.95 * self.cap, low), high)
+        target = min(max(FIRST * self.cap, low), high)
         for _ in range(_TARGETS):
-            choice = self._for_bytes(target)
+            choice = self.estimated(target)
             size = self._encode(choice)
             if size <= HIGHEST * self.cap:
                 fits, best = target, choice
@@ -113,7 +125,7 @@ class _Search:
                 break
             target = min(max(target + AIM * self.cap - size, low), high)
             known = (fits is not None and target <= fits) or (too_large is not None and target >= too_large)
-            if known or self._for_bytes(target) == choice:
+            if known or self.estimated(target) == choice:
                 target = ((low if fits is None else fits) + (high if too_large is None else too_large)) / 2
         if not best:
             best = self._at(np.inf)
@@ -132,7 +144,7 @@ class _Search:
     def _estimate(self, choice: list[int]) -> float:
         return float(sum(group.bytes[index] for group, index in zip(self.groups, choice, strict=True)))
 
-    def _for_bytes(self, target: float) -> list[int]:
+    def estimated(self, target: float) -> list[int]:
         """The plan at the lowest price whose estimate is at most `target`, the rest filled up group by group."""
         cheap, dear = self._at(0.0), self._at(np.inf)
         if self._estimate(cheap) <= target:
@@ -171,7 +183,7 @@ class _Search:
             Chosen(g.name, g.members, g.weights, int(g.bits[i]), float(g.k[i]), float(g.bytes[i]), float(g.cost[i]))
             for g, i in pairs
         )
-        finer = self._for_bytes(self._estimate(choice) + KILOBYTE)
+        finer = self.estimated(self._estimate(choice) + KILOBYTE)
         after = sum(group.cost[index] for group, index in zip(self.groups, finer, strict=True))
         quant, clips = self._plan(choice)
         gain = max(0.0, float(sum(g.loss for g in groups) - after))

@@ -40,6 +40,11 @@ class RunFolder:
         return self.root / "train.jsonl"
 
     @property
+    def frontier(self) -> Path:
+        """What `golf pack --frontier` measured, where it was asked for."""
+        return self.root / "frontier.json"
+
+    @property
     def data(self) -> Path:
         """The passport of the run's data: a resumed run must go on with the same."""
         return self.root / "data.json"

@@ -5,12 +5,16 @@ from __future__ import annotations
 import io
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from paramgolf.files import atomic_write
 from paramgolf.runner.folder import RunFolder
 from paramgolf.runner.summary import byte_table_lines, score_rows, seconds_rows
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 def write_report(folder: RunFolder, record: dict[str, Any], title: str) -> None:
@@ -24,7 +28,9 @@ def write_report(folder: RunFolder, record: dict[str, Any], title: str) -> None:
         headline=_headline(record),
         coders=_coders(record),
         loss_svg=loss_svg(read_log(folder.log)),
-        ledger=_ledger(record["ledger"], record["artifact_bytes"]),
+        ledger=_ledger(record),
+        grids=_grids(record),
+        frontier_svg=frontier_svg(read_frontier(folder.frontier)),
         seconds=seconds_rows(record),
         causes=_causes(record),
     )
@@ -47,6 +53,43 @@ def loss_svg(rows: list[dict[str, Any]]) -> str:
     points = [(row["elapsed"], row["loss"]) for row in rows if "loss" in row]
     if not points:
         return "<p>No step was logged.</p>"
+
+    def draw(axes: Axes) -> None:
+        axes.plot(*zip(*points, strict=True), color="#3465a4", linewidth=1.2)
+        axes.set_xlabel("training seconds")
+        axes.set_ylabel("training loss (nats per token)")
+
+    return _svg(draw)
+
+
+def read_frontier(path: Path) -> dict[str, Any]:
+    """What `golf pack --frontier` left; {} without it."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError:
+        return {}
+
+
+def frontier_svg(frontier: dict[str, Any]) -> str:
+    """Bytes of the file against bits per byte, measured and predicted, as inline SVG; "" without a frontier."""
+    if not frontier:
+        return ""
+    points, floats = frontier["points"], frontier["float_bpb"]
+    sizes = [point["total_bytes"] / 1000 for point in points]
+
+    def draw(axes: Axes) -> None:
+        axes.plot(sizes, [floats + p["measured_bpb"] for p in points], "o-", color="#3465a4", label="measured")
+        axes.plot(sizes, [floats + p["predicted_bpb"] for p in points], ".--", color="#c17d11", label="predicted")
+        axes.axhline(floats, color="#566173", linewidth=0.8, label="before quantisation")
+        axes.axvline(frontier["chosen_bytes"] / 1000, color="#73a946", linewidth=0.8, label="the cap asked for")
+        axes.set_xlabel("kilobytes of the file")
+        axes.set_ylabel("bits per byte (training text)")
+        axes.legend(frameon=False)
+
+    return _svg(draw)
+
+
+def _svg(draw: Callable[[Axes], None]) -> str:
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -54,9 +97,7 @@ def loss_svg(rows: list[dict[str, Any]]) -> str:
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "paramgolf", "font.family": "sans-serif"}):
         figure = Figure(figsize=(8, 3.2), layout="constrained")
         axes = figure.add_subplot()
-        axes.plot(*zip(*points, strict=True), color="#3465a4", linewidth=1.2)
-        axes.set_xlabel("training seconds")
-        axes.set_ylabel("training loss (nats per token)")
+        draw(axes)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         buffer = io.StringIO()
@@ -92,17 +133,36 @@ def _coders(record: dict[str, Any]) -> list[dict[str, Any]]:
     return [row | {"bpb": f"{row['bpb']:.4f}", "bytes": f"{row['bytes']:,.0f}"} for row in rows]
 
 
-def _ledger(ledger: dict[str, int], total: int) -> list[dict[str, Any]]:
-    rows = sorted(ledger.items(), key=lambda item: -item[1])
+def _ledger(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every byte of the file by group, largest first, their sum, and the code that a challenge counts beside them."""
+    total = record["artifact_bytes"]
+    rows = [(name, size) for name, size in sorted(record["ledger"].items(), key=lambda item: -item[1]) if size]
+    rows.append(("the file", sum(record["ledger"].values())))
+    if record.get("code_bytes"):
+        rows.append(("code, beside the file", record["code_bytes"]))
     return [
         {
             "name": name,
             "bytes": f"{size:,}",
             "share": f"{100 * size / total:.1f} %",
-            "width": f"{18 * size / total:.2f}",
+            "width": f"{18 * min(size, total) / total:.2f}",
         }
         for name, size in rows
-        if size
+    ]
+
+
+def _grids(record: dict[str, Any]) -> list[dict[str, str]]:
+    """What the solver chose for each group of tensors; empty without it."""
+    groups = record.get("fit", {}).get("groups", {})
+    return [
+        {
+            "name": name,
+            "bits": str(group.get("bits", "")),
+            "step": f"{group.get('step', 0.0):.3f}",
+            "bytes": f"{group['bytes']:,}",
+            "loss": f"{group['loss']:.5f}",
+        }
+        for name, group in groups.items()
     ]
 
 

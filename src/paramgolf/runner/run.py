@@ -10,7 +10,7 @@ import contextlib
 import copy
 import dataclasses
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,23 +31,19 @@ from paramgolf.pack.forecast import forecast, plan_bytes
 from paramgolf.pack.ledger import Ledger
 from paramgolf.pack.packer import load_model, pack_model
 from paramgolf.pack.registry import CODECS
-from paramgolf.quant.hessian import collect, seconds_for, training_loss
-from paramgolf.quant.registry import QUANTIZERS, calibrated
+from paramgolf.quant.hessian import collect, training_loss
+from paramgolf.quant.registry import QUANTIZERS
 from paramgolf.recipe.sections import Recipe
 from paramgolf.runner.folder import RunFolder, claim
 from paramgolf.runner.peers import compress_peers
 from paramgolf.runner.phases import Phases
 from paramgolf.runner.record import causes, write_record
 from paramgolf.runner.report import write_report
+from paramgolf.runner.reserve import calibrates, packing_seconds
 from paramgolf.score.scorer import Score, score
 from paramgolf.train.clock import Clock
 from paramgolf.train.session import TrainOutput, train_recipe
 
-# Seconds to quantise and code a million weights, on one slow core, with room to spare: what training leaves of its
-# budget when the recipe counts packing. `auto` tries every codec in both orientations.
-PACK_SECONDS = {"raw": 0.2, "rans": 0.8, "zlib": 3.0, "lzma": 5.0, "zstd": 5.0, "brotli": 8.0, "auto": 40.0}
-FIT_FACTOR = 5.0  # of those seconds, for a solver's several encodes
-FIT_READS = 3.0  # nine forwards, each a third of the work of calibrating on the same text
 PEER_TEXT_LIMIT = 64 * 2**20  # larger validation texts are not put through the general compressors
 
 
@@ -189,6 +185,7 @@ class Job:
     clock: Clock
     tokenizer_bytes: bytes
     byte_table: dict[str, Any] | None  # the tokenizer's against the validation documents
+    forecasts: list[dict[str, float]] = field(default_factory=list)  # of the file's size, in training
 
     @property
     def vocab_size(self) -> int:
@@ -199,25 +196,9 @@ class Job:
         """What a person at the terminal sees of the work around training."""
         return Phases(quiet=not self.dist.is_main)
 
-    def _packing_seconds(self) -> float:
-        """What calibrating, quantising and coding will take of the budget."""
-        plan = plan_bytes(self.recipe, self.vocab_size)
-        seconds = 1.0 + PACK_SECONDS.get(self.recipe.pack.codec, PACK_SECONDS["auto"]) * plan.params / 1e6
-        tokens = self.recipe.quant.calibration_tokens / self.dist.world
-        if self.recipe.pack.fit:  # the solver quantises and codes several times, and reads text for each group
-            seconds *= FIT_FACTOR
-            tokens += FIT_READS * self.recipe.pack.fit_tokens
-        if self._calibrates:
-            seconds += seconds_for(plan.params, tokens, self.dist.device)
-        return seconds
-
-    @property
-    def _calibrates(self) -> bool:
-        return calibrated(self.recipe.quant) or self.recipe.pack.fit
-
     def _calibrate(self, model: GPT) -> dict[str, torch.Tensor]:
         """What the layers read on training text, where the quantiser wants to know; all ranks take part."""
-        if not self._calibrates:
+        if not calibrates(self.recipe):
             return {}
         recipe = self.recipe
         with self.clock.phase("calibrate"), self.phases.of("calibrating on training text") as progress:
@@ -228,6 +209,7 @@ class Job:
 
     def _forecast(self, model: torch.nn.Module) -> str:
         size = forecast(model.state_dict(), self.recipe, tokenizer_bytes=len(self.tokenizer_bytes))
+        self.forecasts.append({"seconds": self.clock.strict(), "bytes": size})
         cap = self.recipe.budget.bytes
         return f"{size:,} bytes" + (f" ({100 * size / cap:.1f} % of the cap)" if cap else "")
 
@@ -235,7 +217,8 @@ class Job:
         recipe = self.recipe
         return train_recipe(
             recipe, self.dataset, self.folder.root, self.clock, self.dist, resume=resume,
-            reserve_seconds=self._packing_seconds(), forecast=self._forecast,
+            forecast=self._forecast,
+            reserve_seconds=packing_seconds(recipe, self.vocab_size, self.dist.device, self.dist.world),
         )  # fmt: skip
 
     def score_floats(self, model: GPT) -> Score:
@@ -319,6 +302,7 @@ class Job:
             "codec": ledger.codec,
             "payload_bytes": ledger.payload_bytes,
             "fit": ledger.fit,
+            "forecasts": self.forecasts,
             "params": sum(p.numel() for p in trained.model.parameters()),
             "steps": result.steps,
             "train_tokens": result.tokens,

@@ -89,12 +89,16 @@ def decide(recipe: Recipe, *, parameters: int, graphs: int, device: str, spent: 
         return CompilePlan(True, "train.compile = on", cache)
     seconds = expected_seconds(recipe, parameters, device, spent)
     counted = recipe.budget.clock == "strict"
-    cost = _SECONDS_TO_START[device] + graphs * _SECONDS_A_GRAPH[device]
-    cost *= _WARM_FACTOR if cache == "warm" else 1.0
+    cost = cost_seconds(graphs, device, cache)
     if seconds and counted and cost > _SAVED[device] * seconds:
         reason = f"not compiled: about {cost:.0f} s of compiling ({cache} cache) would not pay in {seconds:.0f} s"
         return CompilePlan(False, reason, cache)
     return CompilePlan(True, "pays for itself within the budget", cache)
+
+
+def cost_seconds(graphs: int, device: str, cache: str) -> float:
+    """About how long compiling so many graphs takes."""
+    return (_SECONDS_TO_START[device] + graphs * _SECONDS_A_GRAPH[device]) * (_WARM_FACTOR if cache == "warm" else 1.0)
 
 
 def compiled_graphs() -> int:
