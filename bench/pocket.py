@@ -79,8 +79,10 @@ def main() -> None:
     options = parser.parse_args()
     bench = Bench(options.json)
     seeds = range(1, options.seeds + 1)
-    pocket = [bench.run(f"pocket {s}", "pocket", [f"train.seed={s}"]) for s in seeds]
-    baseline = [bench.run(f"baseline {s}", BASELINE, [f"train.seed={s}", "score.stride=64"]) for s in seeds]
+    pocket, baseline = [], []
+    for seed in seeds:  # in turn, so that a machine that slows down slows both
+        pocket.append(bench.run(f"pocket {seed}", "pocket", [f"train.seed={seed}"]))
+        baseline.append(bench.run(f"baseline {seed}", BASELINE, [f"train.seed={seed}", "score.stride=64"]))
     print(f"{'system':28} {'val_bpb':>8} {'sd':9} {'bytes':>10} {'M tokens':>8} {'MiB':>8}")
     print(line("baseline's method", baseline, standard))
     print(line("  + sliding score", baseline))
