@@ -244,6 +244,17 @@ class TttSection:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TiltSection:
+    """The causal n-gram tilt of a score (see score/tilt.py)."""
+
+    __pydantic_config__ = STRICT
+    orders: tuple[Annotated[int, Field(ge=1, le=64)], ...] = ()  # lengths of the contexts looked up; () = no tilt
+    boost: Annotated[float, Field(ge=0, le=20)] = 2.0  # added to the logit of the token expected
+    threshold: Fraction = 0.8  # share of a context's past followers that the expected one must have
+    min_count: Positive = 2  # times a context must have been seen
+
+
+@dataclass(frozen=True, kw_only=True)
 class BudgetSection:
     __pydantic_config__ = STRICT
     seconds: NonNegative = 0.0  # training budget; 0 = unbound
@@ -284,5 +295,6 @@ class Recipe:
     pack: PackSection = field(default_factory=PackSection)
     score: ScoreSection = field(default_factory=ScoreSection)
     ttt: TttSection = field(default_factory=TttSection)
+    tilt: TiltSection = field(default_factory=TiltSection)
     budget: BudgetSection = field(default_factory=BudgetSection)
     stages: tuple[StageSection, ...] = ()
