@@ -33,7 +33,7 @@ GATES = (".attn.attn_gate_w", ".attn.attn_gate_proj.weight")
 
 
 def config_of(z: Any) -> dict[str, Any]:
-    return json.loads(str(z["config_json"]))
+    return {"system": "pr1855"} | json.loads(str(z["config_json"]))  # the test-time training file does not say
 
 
 def value_layers(config: Mapping[str, Any]) -> tuple[int, ...]:
@@ -59,7 +59,8 @@ def parts_of(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     layers, parts = config["num_layers"], {}
     if config.get("bigram_vocab_size"):
         parts["bigram_hash"] = {"buckets": config["bigram_vocab_size"], "dim": config["bigram_dim"]}
-        parts["smear_gate"] = {}  # the script that has bigrams always smears
+    if "bigram_vocab_size" in config:
+        parts["smear_gate"] = {}  # the script that knows bigrams always smears
     if config.get("smear_gate_enabled"):
         parts["smear_gate2"] = {"window": config.get("gate_window", 12)}
     if value_layers(config):

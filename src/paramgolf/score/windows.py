@@ -83,10 +83,12 @@ class Plan:
 
     def part(self, rank: int, world: int) -> Plan:
         """The contiguous range of windows that `rank` of `world` scores; the parts are disjoint and complete."""
-        low, high = len(self) * rank // world, len(self) * (rank + 1) // world
-        return Plan(
-            self.start[low:high], self.length[low:high], self.first_scored[low:high], self.n_tokens, self.lane_starts
-        )
+        return self.among(slice(len(self) * rank // world, len(self) * (rank + 1) // world))
+
+    def among(self, which: slice | np.ndarray) -> Plan:
+        """Only these windows: a slice, or bool (windows,)."""
+        picked = (self.start[which], self.length[which], self.first_scored[which])
+        return Plan(*picked, self.n_tokens, self.lane_starts)
 
 
 def plan(n_tokens: int, seq_len: int, stride: int, rule: str = "exact", *, lane_starts: Sequence[int] = (0,)) -> Plan:
