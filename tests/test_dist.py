@@ -69,6 +69,8 @@ def collectives(dist: Dist) -> None:
     assert dist.broadcast_json(value, src=0) == value | {"rank": 0}
     table = dist.all_gather_into(torch.empty(world, 3), torch.full((3,), float(rank)))
     assert table.tolist() == [[float(r)] * 3 for r in range(world)]
+    mine = dist.reduce_scatter_sum(torch.empty(2), torch.arange(2.0 * world).view(world, 2))
+    assert mine.tolist() == [world * 2.0 * rank, world * (2.0 * rank + 1)]
     dist.barrier()
 
 

@@ -24,6 +24,7 @@ PARAMS = {
     "record-1.0611": 35_945_671,
     "record-1.0565": 35_945_671,
 }
+ALL = (*RECORDS, "frontier")
 PAYLOADS = {"record-1.0856": 36_079_792, "record-1.0611": 36_083_230, "record-1.0565": 36_083_230}
 
 
@@ -73,7 +74,7 @@ def test_the_schedule_of_the_best_record() -> None:
     assert [shape_at(grown, f).seq_len for f in (0.0, 0.09, 0.1, 0.69, 0.7)] == [1024, 1024, 2048, 2048, 3072]
 
 
-@pytest.mark.parametrize("name", RECORDS)
+@pytest.mark.parametrize("name", ALL)
 def test_every_line_of_a_recipe_changes_something(name: str) -> None:
     """A value equal to the parent's is no difference and only misleads."""
     own = tomllib.loads((resources.files("paramgolf") / "recipes" / f"{name}.toml").read_text(encoding="utf-8"))

@@ -32,12 +32,15 @@ EVERYTHING: dict[str, Any] = {
             "attn_gate": {"factor": 1.0, "scale": 0.5},
         },
     },
-    "optim": {"matrix": "muoneq_r", "grad_clip": 0.3, "weight_decay": 0.1, "embed_weight_decay": 0.1},
+    "optim": {
+        "matrix": "muoneq_r", "grad_clip": 0.3, "weight_decay": 0.1, "embed_weight_decay": 0.1,
+        "exchange": "reduce_scatter",
+    },
     "schedule": {
         "warmdown_frac": 0.85, "min_lr": 0.1, "loop_at": [0.3, 0.6], "decay_taper_at": 0.5, "decay_taper_to": 0.5,
     },
     "stages": [{"at": 0.4, "seq_len": 16, "batch_tokens": 128}],
-    "quant": QUANT | {"qat": "export", "qat_start": 0.7},
+    "quant": QUANT | {"qat": "export", "qat_start": 0.7, "post_qat": "export", "post_qat_frac": 0.2},
     "average": {"kind": "ema", "decay": 0.8},
     "budget": {"steps": 10},
 }  # fmt: skip
@@ -71,7 +74,7 @@ def test_nothing_compiles_at_the_loop_switch_and_warm_up_leaves_no_trace(
     recipe = tiny(**with_(train={"compile": "on"}, schedule={"warmup_steps": 3}))
     compiled = train(recipe, dataset, tmp_path / "compiled", callbacks=[orders])
     assert compiled.result.compiled["enabled"] and compiled.result.recompiles == 0
-    assert orders.seen == [4, 4, 4, 6, 6, 6, 8, 8, 8, 8]
+    assert orders.seen == [4, 4, 4, 6, 6, 8, 8, 8, 8, 8]
     assert len(compiled.model.order.layers) == 8, "scored with every pass"
     plain = train(tiny(**EVERYTHING), dataset, tmp_path / "plain")
     assert same(weights(compiled), weights(plain)), "neither compiling nor warming up changes anything"
@@ -110,6 +113,26 @@ def test_a_loop_table_that_does_not_fit_is_refused(at: list[float]) -> None:
     recipe = tiny(**with_(schedule={"loop_at": at}))
     with pytest.raises(GolfError, match=r"schedule\.loop_at"):
         ModeSwitch(GPT(recipe.model, 384), recipe)
+
+
+def test_packed_rows_need_document_masks() -> None:
+    recipe = tiny(data={"order": "packed"})
+    with pytest.raises(GolfError, match=r"model\.document_mask=true"):
+        ModeSwitch(GPT(recipe.model, 384), recipe)
+
+
+def test_packed_rows_train_like_the_documents_they_hold(dataset: Dataset, tmp_path: Path) -> None:
+    """Eight rows of a step in one pass or one by one, resumed or not: the same weights but for rounding."""
+    packed = {"order": "packed"}
+    recipe = tiny(**with_(data=packed, train={"micro_batch_tokens": 4096}))
+    straight = train(recipe, dataset, tmp_path / "straight")
+    assert straight.result.tokens == 4 * 256 + 6 * 128
+    single = train(tiny(**with_(data=packed, train={"micro_batch_tokens": 32})), dataset, tmp_path / "single")
+    for name, tensor in weights(straight).items():
+        torch.testing.assert_close(tensor, weights(single)[name], rtol=0, atol=2e-3)
+    with pytest.raises(Interrupted):
+        train(recipe, dataset, tmp_path / "run", callbacks=[At(5, signal.SIGTERM)])
+    assert same(weights(train(recipe, dataset, tmp_path / "run", resume=True)), weights(straight))
 
 
 def test_the_decay_tapers() -> None:

@@ -20,6 +20,7 @@ from paramgolf.errors import GolfError
 
 # Newer versions of torch have renamed it and warn about the old name.
 _all_gather = getattr(torch_dist, "all_gather_single", None) or torch_dist.all_gather_into_tensor
+_reduce_scatter = getattr(torch_dist, "reduce_scatter_single", None) or torch_dist.reduce_scatter_tensor
 # One rank may quantise, pack or prove for long while the others wait; a rank that dies is noticed at once anyway.
 TIMEOUT = timedelta(hours=2)
 
@@ -81,6 +82,14 @@ class Dist:
             _all_gather(out.view(self.world * tensor.numel()), tensor.reshape(-1))
         else:
             out.copy_(tensor.reshape(out.shape))
+        return out
+
+    def reduce_scatter_sum(self, out: Tensor, table: Tensor) -> Tensor:
+        """`out` receives the sum over ranks of row `rank` of `table` (world, *out.shape), contiguous; returns it."""
+        if self.world > 1:
+            _reduce_scatter(out.view(-1), table.view(-1))
+        else:
+            out.copy_(table.reshape(out.shape))
         return out
 
     def close(self) -> None:

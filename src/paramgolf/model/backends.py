@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -131,6 +132,12 @@ class FlashAttention3(_Ragged):
 class VariableLength(_Ragged):
     """The framework's flash attention for packed rows; without documents it is its usual kernel."""
 
+    def __init__(self) -> None:
+        self._attend = importlib.import_module("torch.nn.attention.varlen").varlen_attn
+        known = inspect.signature(self._attend).parameters  # earlier versions of torch have another word for it
+        self._causal: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+        self._groups = "enable_gqa" in known
+
     @staticmethod
     def why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
         if device.type != "cuda":
@@ -148,13 +155,10 @@ class VariableLength(_Ragged):
     def __call__(self, q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: Any = None) -> Tensor:
         if mask is None or isinstance(mask, Tensor):
             return ScaledDotProduct()(q_BTHK, k_BSGK, v_BSGK, mask)
-        from torch.nn.attention.varlen import varlen_attn
-
         ends, longest = mask
-        out = varlen_attn(
-            *(t.flatten(0, 1) for t in (q_BTHK, k_BSGK, v_BSGK)), ends, ends, longest, longest,
-            window_size=(-1, 0), enable_gqa=q_BTHK.shape[2] != k_BSGK.shape[2],
-        )  # fmt: skip
+        options = self._causal | ({"enable_gqa": q_BTHK.shape[2] != k_BSGK.shape[2]} if self._groups else {})
+        flat = [t.flatten(0, 1) for t in (q_BTHK, k_BSGK, v_BSGK)]
+        out = self._attend(*flat, ends, ends, longest, longest, **options)
         return (out[0] if isinstance(out, tuple) else out).view_as(q_BTHK)
 
 

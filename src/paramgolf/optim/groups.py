@@ -53,10 +53,12 @@ def matrix_dtype(choice: str, device: torch.device) -> torch.dtype:
 
 
 class OptimizerSet:
-    """All optimizers of a model. Gradients must be equal on all ranks when `clip` and `step` are called."""
+    """All optimizers of a model. Gradients must be equal on all ranks when `clip` and `step` are called, except that
+    with `scattered` a matrix has one on its owner alone (see optim/muon.py)."""
 
     def __init__(self, model: nn.Module, section: OptimSection, dist: Dist) -> None:
-        self.section = section
+        self.section, self.dist = section, dist
+        self.scattered = False
         members: dict[str, list[tuple[str, Parameter]]] = {group: [] for group in GROUPS}
         for name, param in named_parameters(model):
             members[group_of(name, param)].append((name, param))
@@ -90,11 +92,20 @@ class OptimizerSet:
 
         `max_norm` 0 only measures.
         """
-        grads = [p.grad for p in self.params if p.grad is not None]
-        norm = nn.utils.get_total_norm(grads)
+        norm = self._norm()
         if max_norm > 0:
             nn.utils.clip_grads_with_norm_(self.params, max_norm, norm)
         return norm
+
+    def _norm(self) -> Tensor:
+        """Global gradient norm; a collective with `scattered`."""
+        if not self.scattered:
+            return nn.utils.get_total_norm([p.grad for p in self.params if p.grad is not None])
+        matrices = {id(p) for p in self.matrix.params}
+        own = [p.grad for p in self.matrix.params if p.grad is not None]
+        shared = [p.grad for p in self.params if p.grad is not None and id(p) not in matrices]
+        squares = [nn.utils.get_total_norm(grads).to(self.dist.device).square() for grads in (own, shared)]
+        return (self.dist.all_reduce_sum(squares[0]) + squares[1]).sqrt()
 
     def step(self, lr_mul: float, momentum: float, decay_mul: float = 1.0) -> None:
         """One step of every optimizer: learning rates times `lr_mul`; for the matrices `momentum`, and their weight

@@ -2,7 +2,7 @@
 
 Equally shaped matrices are stacked, so that a step is a few large batched products. Every rank works on its own share
 (balanced by cost) and keeps momentum for that share only; one flat all-gather then gives all updates to all ranks,
-which apply them alike. Gradients must already be equal on all ranks.
+which apply them alike. Each rank needs the gradients of its own matrices only; they must already be summed over ranks.
 """
 
 from __future__ import annotations
@@ -147,6 +147,11 @@ class Muon:
             buckets.append(Bucket([self.names[i] for i in members], [self.params[i] for i in members], state))
         return buckets
 
+    def places(self) -> list[tuple[Tensor, int, int]]:
+        """(weight, rank that orthogonalises it, where it begins in that rank's row of `row` numbers), in order."""
+        pairs = zip(self.names, self.params, strict=True)
+        return [(param, *self._layout[name]) for name, param in pairs]
+
     def _make_layout(self) -> dict[str, tuple[int, int]]:
         """Where each matrix lies in the exchanged buffer: name -> (owner, offset in the owner's row)."""
         used = [0] * self.dist.world
@@ -154,18 +159,18 @@ class Muon:
         for name, param, owner in zip(self.names, self.params, self.owner, strict=True):
             layout[name] = (owner, used[owner])
             used[owner] += param.numel()
-        self._row = max(used, default=0)
+        self.row = max(used, default=0)
         return layout
 
     def _exchange(self, mine: dict[str, Tensor]) -> dict[str, Tensor]:
         """All ranks' updates, float32, from this rank's own."""
         if self.dist.world == 1:
             return mine
-        row = torch.zeros(self._row, dtype=self.dtype, device=self.params[0].device)
+        row = torch.zeros(self.row, dtype=self.dtype, device=self.params[0].device)
         for name, update in mine.items():
             start = self._layout[name][1]
             row[start : start + update.numel()].view(update.shape).copy_(update)
-        table = self.dist.all_gather_into(row.new_empty(self.dist.world, self._row), row).float()
+        table = self.dist.all_gather_into(row.new_empty(self.dist.world, self.row), row).float()
         out = {}
         for name, param in zip(self.names, self.params, strict=True):
             owner, start = self._layout[name]

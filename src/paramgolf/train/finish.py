@@ -110,6 +110,7 @@ def post_train(trainer: Trainer, reserve_seconds: float) -> None:
     The data goes on where training stopped (the reference replayed its first batches).
     """
     parts, section = trainer.parts, trainer.parts.recipe.quant
+    parts.stepper.scatter_to(None)
     adam = Adam(named_parameters(parts.model), betas=ADAM_BETAS)
     at_grid = GridPoint(parts.model, weight_grids(parts.model, parts.recipe, section.post_qat))
     main = trainer.at

@@ -17,6 +17,7 @@ import numpy as np
 import psutil
 import torch
 
+from paramgolf.model.order import order_of
 from paramgolf.optim.newton_schulz import fast_dtype
 from paramgolf.recipe.sections import ModelSection, TrainSection
 
@@ -155,6 +156,7 @@ def micro_tokens(section: TrainSection, model: ModelSection, device: torch.devic
     if device.type != "cuda":
         return CPU_MICRO_TOKENS
     # Activations kept for the backward pass, 2 bytes each: about 16 of the width and 6 of the MLP width a layer.
-    bytes_a_token = 2 * model.num_layers * (16 * model.dim + 6 * model.mlp_hidden)
+    layers = len(order_of(model, model.loop_extra).layers)
+    bytes_a_token = 2 * layers * (16 * model.dim + 6 * model.mlp_hidden)
     most = torch.cuda.get_device_properties(device).total_memory // (2 * bytes_a_token)
     return max(section.seq_len, min(131_072, 1 << max(0, int(most).bit_length() - 1)))

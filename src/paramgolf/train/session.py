@@ -13,24 +13,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from paramgolf.data.loader import Loader
 from paramgolf.dist import Dist
 from paramgolf.errors import GolfError
 from paramgolf.model.gpt import GPT
-from paramgolf.optim.averaging import build_average
-from paramgolf.optim.groups import build_optimizers
 from paramgolf.recipe.sections import Recipe
 from paramgolf.train import compiling, runtime
-from paramgolf.train.budget import Window, all_shapes, shape_at, training_window
+from paramgolf.train.assemble import assemble, final_model
+from paramgolf.train.budget import Window, all_shapes, training_window
 from paramgolf.train.callbacks import Callback, Callbacks, Forecast, JsonLines, last_strict, progress
 from paramgolf.train.checkpoint import Snapshot, Store, check_writable
 from paramgolf.train.clock import Clock
 from paramgolf.train.compiling import CompilePlan
-from paramgolf.train.finish import HELD_OUT_FRACTION, HELD_OUT_TOKENS, finish, selection_seconds
+from paramgolf.train.finish import finish, selection_seconds
 from paramgolf.train.loop import Parts, Trainer
-from paramgolf.train.modes import ModeSwitch
 from paramgolf.train.signals import Interrupted, Interrupts, name
-from paramgolf.train.step import Stepper, raise_together
+from paramgolf.train.step import raise_together
 from paramgolf.train.warmup import FirstBatches, compile_all, warm_up
 
 if TYPE_CHECKING:
@@ -154,31 +151,13 @@ class Session:
         self.store.clean()
 
     def _build(self, dataset: Dataset, interrupts: Interrupts) -> tuple[Parts, np.ndarray | None]:
-        recipe, dist, section = self.recipe, self.dist, self.recipe.train
-        model = GPT(recipe.model, self.vocab_size)
-        model.init_weights(section.seed)
-        model.to(dist.device)
-        model.compute_dtype = self.chosen.dtype
-        choice = model.use_attention(section.attention, dist.device)
-        if choice.reason and dist.device.type == "cuda":
-            self.note(f"note: attention by {choice.name}: {choice.reason}")
-        tokens: list[np.ndarray] = list(dataset.train_tokens())
-        held_out = None
-        if recipe.average.kind != "none" and recipe.average.select == "train":
-            tokens, held_out = hold_out(tokens, section.seq_len)
-        first = shape_at(recipe, 0.0)
-        loader = Loader(
-            tokens, seq_len=first.seq_len, batch_tokens=first.batch_tokens, rank=dist.rank, world=dist.world,
-            seed=section.seed, order=recipe.data.order, vocab_size=self.vocab_size,
+        parts, held_out = assemble(
+            self.recipe, list(dataset.train_tokens()), self.vocab_size, self.chosen.dtype, self.clock, self.dist,
+            self.watch, interrupts, self.store,
         )  # fmt: skip
-        micro_tokens = runtime.micro_tokens(section, recipe.model, dist.device)
-        stepper = Stepper(model, dist, micro_tokens, packed=recipe.data.order == "packed")
-        opts = build_optimizers(model, recipe.optim, dist)
-        average = build_average(recipe.average, model)
-        modes = ModeSwitch(model, recipe)
-        parts = Parts(
-            recipe, model, opts, loader, stepper, modes, average, dist, self.clock, self.watch, self.store, interrupts
-        )
+        choice = parts.model.attention
+        if choice is not None and choice.reason and self.dist.device.type == "cuda":
+            self.note(f"note: attention by {choice.name}: {choice.reason}")
         return parts, held_out
 
     # -- the run -----------------------------------------------------------------------------------------------
@@ -209,13 +188,7 @@ class Session:
 
     def _final_model(self) -> GPT:
         """The trained weights in a model of their own: nothing compiled, no fake quantisation, evaluation mode."""
-        trained = self.parts.model
-        model = GPT(self.recipe.model, self.vocab_size).to(self.dist.device)
-        model.load_state_dict(trained.state_dict())
-        model.compute_dtype = trained.compute_dtype
-        model.context_len = trained.context_len
-        model.use_attention(self.recipe.train.attention, self.dist.device)
-        return model.eval()
+        return final_model(self.parts.model, self.recipe, self.vocab_size, self.dist.device)
 
     def _window(self, reserve_seconds: float, origin: float) -> Window:
         saves = 2 if self.recipe.quant.post_qat else 1
@@ -330,15 +303,6 @@ class Session:
             peak_memory_bytes=runtime.peak_memory_bytes(self.dist.device),
             **trainer.extra["setup"],
         )
-
-
-def hold_out(tokens: list[np.ndarray], seq_len: int) -> tuple[list[np.ndarray], np.ndarray | None]:
-    """Split the end of the training stream off; (all of it, None) where the text is too short to spare any."""
-    size = min(HELD_OUT_TOKENS, int(sum(map(len, tokens)) * HELD_OUT_FRACTION))
-    last = tokens[-1]
-    if size <= seq_len or len(last) - size <= seq_len:
-        return tokens, None
-    return [*tokens[:-1], last[:-size]], np.asarray(last[-size:])
 
 
 def final_weights(snapshot: Snapshot) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """One accumulated forward and backward over all ranks, and what the ranks agree on while they exchange gradients.
 
 Gradients of micro batches are weighted by their tokens, so uneven rows (on one rank or over ranks) give the gradient
-of the mean over all tokens. With several ranks everything travels in one flat fp32 all-reduce: the gradients, and a
+of the mean over all tokens. With several ranks everything travels together (see exchange.py): the gradients, and a
 tail of loss, tokens, "I failed" and "I was interrupted". So all ranks see the same numbers, stop at the same step, and
 a failure of one is known to all.
 """
@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from paramgolf.dist import Dist
 from paramgolf.errors import GolfError
 from paramgolf.model.gpt import GPT
+from paramgolf.optim.muon import Muon
 from paramgolf.train.compiling import failure_reason
+from paramgolf.train.exchange import Exchange
 
 _MESSAGE_BYTES = 400
 
@@ -65,15 +67,18 @@ class Stepper:
         self.micro_tokens = micro_tokens
         self.packed = packed
         self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._exchange = Exchange(self._parameters, dist)
         self._tail: Tensor | None = None
-        self._flat: Tensor | None = None
-        self._views: list[Tensor] = []
         self._error: BaseException | None = None
 
     def enter(self, seq_len: int) -> None:
         """The batches that follow train a context of `seq_len` tokens."""
         if self.packed and isinstance(self.model, GPT):
             self.model.segment_len = seq_len
+
+    def scatter_to(self, matrix: Muon | None) -> None:
+        """From now on the gradients of these weights go to their owners only; None = all go to all ranks again."""
+        self._exchange = Exchange(self._parameters, self.dist, matrix)
 
     def sizes(self, rows: int, seq_len: int) -> list[int]:
         """Rows of each micro batch for `rows` rows of `seq_len` tokens on this rank."""
@@ -127,28 +132,6 @@ class Stepper:
         for place, value in enumerate(own, start=1):
             tail[place].fill_(value)  # not torch.tensor(own): a copy to the GPU would wait for the backward pass
         self._tail = self._exchange(tail, expected_tokens) if self.dist.world > 1 else tail
-
-    def _exchange(self, tail: Tensor, expected_tokens: int) -> Tensor:
-        """Sum gradients and tail over ranks; the gradients become views of the flat buffer."""
-        if self._flat is None:
-            sizes = [p.numel() for p in self._parameters] + [tail.numel()]
-            self._flat = torch.empty(sum(sizes), device=self.dist.device)
-            parts = self._flat.split(sizes)
-            self._views = [part.view_as(p) for part, p in zip(parts[:-1], self._parameters, strict=True)]
-        for parameter, view in zip(self._parameters, self._views, strict=True):
-            if parameter.grad is None:
-                view.zero_()
-            elif parameter.grad.data_ptr() != view.data_ptr():
-                view.copy_(parameter.grad)
-        summed = self._flat[-tail.numel() :]
-        summed.copy_(tail)
-        self.dist.all_reduce_sum(self._flat)
-        tail = summed.clone()
-        # exactly 1 when the loader kept its promise of `expected_tokens`
-        self._flat[: -tail.numel()].mul_(expected_tokens / tail[1].clamp(min=1.0))
-        for parameter, view in zip(self._parameters, self._views, strict=True):
-            parameter.grad = view.to(parameter.dtype) if parameter.dtype != view.dtype else view
-        return tail
 
     def report(self) -> StepReport:
         """What the ranks agreed on. Raises GolfError when any of them failed, with its message."""
