@@ -231,6 +231,56 @@ def test_corrections_that_do_not_fit_are_refused_by_name() -> None:
             restore(tensors)
 
 
+# -- salient columns ------------------------------------------------------------------------------------------------
+
+
+def salient_case() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Columns 32..39 of `b` read inputs a hundred times as large as the rest."""
+    (a, hessian), (b, _) = layer(seed=1), layer(seed=2)
+    size = torch.ones(96)
+    size[32:40] = 100
+    return {"a": a, "b": b, "v": b[0].clone()}, {"a": hessian, "b": hessian * size[:, None] * size}
+
+
+def test_the_most_salient_columns_keep_eight_bits_and_the_file_gives_them_back() -> None:
+    state, hessians = salient_case()
+    section = quant(method="gptq", awq_columns=8)
+    stored = {t.name: t for t in export(state, section, 1, hessians)}
+    assert list(stored) == ["a", "b", "b.awq_32", "v"]
+    assert not stored["b"].values[:, 32:40].any() and stored["b.awq_32"].spec.bits == 8
+    back = restore(decode_artifact(encode_artifact(Artifact({}, list(stored.values())), "rans").data).tensors)
+    plain = restore(export(state, replace(section, awq_columns=0), 1, hessians))
+    assert list(back) == list(state) and torch.equal(back["a"], plain["a"])
+    errors = [weighted_error(state["b"], weights["b"], hessians["b"]) for weights in (back, plain)]
+    assert errors[0] < 0.5 * errors[1]
+    both = export(state, replace(section, lqer_tensors=1), 1, hessians)
+    assert [t.name for t in both if t.name.startswith("b")] in (
+        ["b", "b.awq_32"],
+        ["b", "b.lqer_a", "b.lqer_b", "b.awq_32"],
+    )
+    assert list(restore(both)) == list(state)
+
+
+def test_salient_columns_need_gptq_and_a_matrix_that_is_wide_enough() -> None:
+    state, hessians = salient_case()
+    with pytest.raises(GolfError, match="awq_columns needs"):
+        export(state, quant(awq_columns=8), 1, hessians)
+    narrow = export(state, quant(method="gptq", awq_columns=96), 1, hessians)
+    assert [t.name for t in narrow] == list(state)
+
+
+def test_columns_that_do_not_fit_are_refused_by_name() -> None:
+    state, hessians = salient_case()
+    stored = {t.name: t for t in export(state, quant(method="gptq", awq_columns=8), 1, hessians)}
+    group = stored.pop("b.awq_32")
+    moved = replace(group, spec=replace(group.spec, name="b.awq_90"))
+    taken = replace(group, spec=replace(group.spec, name="b.awq_8"))
+    lost = replace(group, spec=replace(group.spec, name="c.awq_8"))
+    for wrong in (moved, taken, lost):
+        with pytest.raises(GolfError, match="awq_"):
+            restore([*stored.values(), wrong])
+
+
 # -- odd tensors ---------------------------------------------------------------------------------------------------
 
 ODD = {

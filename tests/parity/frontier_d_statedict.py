@@ -133,7 +133,7 @@ def check_residuals(
     """Norms of what quantisation left, and whose are the largest."""
     found = {t.name: t for t in stored}
     names = [str(name) for name in z["residual_names"]]
-    norms = [float(lqer.error_of(found[name], state[name]).norm()) for name in names]
+    norms = [float(lqer.error_of(found[name].dequantised(), state[name]).norm()) for name in names]
     checks = [worst(f"residual {n}", a, b, RESIDUAL, relative=True)
               for n, a, b in zip(names, norms, z["residual_norms"], strict=True)]  # fmt: skip
     ours = sorted(n.removesuffix(f".{lqer.LEFT}") for n in found if n.endswith(f".{lqer.LEFT}"))

@@ -11,7 +11,7 @@ from torch import Tensor
 from paramgolf.errors import GolfError
 from paramgolf.pack.stored import PLAIN_DTYPES, StoredTensor, TensorSpec
 from paramgolf.pack.stored import payload_bytes as payload_bytes  # the size belongs to what is exported
-from paramgolf.quant import lqer
+from paramgolf.quant import awq, lqer
 from paramgolf.quant.grid import Grid
 from paramgolf.quant.plan import Store, plan
 from paramgolf.quant.registry import QUANTIZERS, Quantizer
@@ -36,9 +36,9 @@ def export(
     """Every tensor of a state dict as the rules of `section` store it, in the order of `state`.
 
     Quantised tensors go through `QUANTIZERS[section.method]` (with the input second moments `hessians`, keyed by tensor
-    name, where given); others are cast. `clips` replace the grid's `clip_value` for the tensors they name. Low-rank
-    corrections (see lqer.py) follow the matrices they belong to. The weights are taken as float32, whatever type and
-    device they have.
+    name, where given); others are cast. `clips` replace the grid's `clip_value` for the tensors they name. Salient
+    columns and low-rank corrections (see awq.py, lqer.py) follow the matrices they belong to. The weights are taken as
+    float32, whatever type and device they have.
     Raises GolfError for non-finite weights, for values too large for float16, and for tensors without a rule.
     """
     section = mixed(section, state, num_layers, hessians)
@@ -46,6 +46,7 @@ def export(
     grids = {name: Grid(grid) for name, grid in section.grids.items()}
     floats = {name: tuple(t.shape) for name, t in state.items() if t.is_floating_point()}
     stores = plan(floats, section, num_layers)
+    salient = _salient(state, section, stores, hessians or {})
     out = []
     for name, tensor in state.items():
         weight = tensor.detach()
@@ -57,12 +58,29 @@ def export(
             hessian, grid = (hessians or {}).get(name), grids[stores[name].name]
             if clips and name in clips:
                 grid = Grid(replace(grid.section, clip_value=clips[name]))
+            group: list[StoredTensor] = []
             try:
-                codes, scale = quantize(weight.float(), grid, hessian)
+                if salient is not None and salient[0] == name and hessian is not None:
+                    first, columns = salient[1], section.awq_columns
+                    (codes, scale), fine = awq.quantize(name, weight.float(), grid, hessian, first, columns)
+                    group = [fine]
+                else:
+                    codes, scale = quantize(weight.float(), grid, hessian)
             except GolfError as error:
                 raise GolfError(f"tensor {name}: {error}") from None
-            out.append(_quantised(name, stores[name], codes, scale))
+            out += [_quantised(name, stores[name], codes, scale), *group]
     return lqer.corrected(out, state, section) if section.lqer_tensors else out
+
+
+def _salient(
+    state: Mapping[str, Tensor], section: QuantSection, stores: Mapping[str, Store], hessians: Mapping[str, Tensor]
+) -> tuple[str, int] | None:  # fmt: skip
+    """(matrix, first column) that `quant.awq_columns` asks for, if any."""
+    if not section.awq_columns:
+        return None
+    awq.check(section.method)
+    names = [name for name, store in stores.items() if store.grid is not None]
+    return awq.most_salient(state, hessians, names, section.awq_columns)
 
 
 def _kept(name: str, weight: Tensor, dtype: str) -> StoredTensor:
@@ -85,7 +103,7 @@ def _quantised(name: str, store: Store, codes: Tensor, scale: Tensor) -> StoredT
 def restore(tensors: Iterable[StoredTensor]) -> dict[str, Tensor]:
     """The state dict the artifact stands for: float32 (code times stored scale); non-float tensors as they were.
 
-    Low-rank corrections are added to their matrices. GolfError where they do not fit.
+    Salient columns and low-rank corrections are put into their matrices. GolfError where they do not fit.
     """
-    arrays = lqer.applied({t.name: t.dequantised() for t in tensors})
+    arrays = lqer.applied(awq.applied({t.name: t.dequantised() for t in tensors}))
     return {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}

@@ -33,17 +33,51 @@ def quantize(weight: Tensor, grid: Grid, hessian: Tensor | None = None) -> tuple
     """
     if hessian is None or weight.ndim != 2 or not weight.numel():
         return grid.quantize(weight)
-    rows, columns = weight.shape
-    if not bool(torch.isfinite(weight).all()):
-        raise GolfError(f"weights of shape {(rows, columns)} hold NaN or infinity: they cannot be quantised")
     scale_R1 = grid.row_scale(weight.float(), column_importance(weight, hessian))
+    codes = _quantized(weight, hessian, _Columns(scale_R1, grid), None, torch.zeros(weight.shape[1], dtype=torch.bool))
+    return codes, scale_R1.squeeze(-1).to(grid.scale_dtype)
+
+
+def quantize_salient(
+    weight: Tensor, grid: Grid, hessian: Tensor, columns: slice, fine: Grid
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """As `quantize`, with some columns on a grid of their own: (codes, scale) of both; in the first they are zero.
+
+    The rounding errors of either grid are made up for by all later columns.
+    """
+    inside = torch.zeros(weight.shape[1], dtype=torch.bool)
+    inside[columns] = True
+    importance = column_importance(weight, hessian)
+    scale_R1 = grid.row_scale(weight.float(), importance)
+    fine_R1 = fine.row_scale(weight[:, columns].float(), importance[columns])
+    codes = _quantized(weight, hessian, _Columns(scale_R1, grid), _Columns(fine_R1, fine), inside)
+    salient = codes[:, columns].clone()
+    codes[:, columns] = 0
+    scales = scale_R1.squeeze(-1).to(grid.scale_dtype), fine_R1.squeeze(-1).to(fine.scale_dtype)
+    return (codes, scales[0]), (salient, scales[1])
+
+
+class _Columns:
+    """How the columns of one kind are rounded."""
+
+    def __init__(self, scale_R1: Tensor, grid: Grid) -> None:
+        self.scale = scale_R1.squeeze(-1)
+        self.divisor = torch.where(self.scale == 0, torch.inf, self.scale)  # an underflowed scale: all codes are 0
+        self.low, self.high = grid.qmin, grid.qmax
+
+
+def _quantized(weight: Tensor, hessian: Tensor, kind: _Columns, other: _Columns | None, inside: Tensor) -> Tensor:
+    """int8 codes (R, C); the columns marked `inside` (C,) are of the `other` kind."""
+    if not bool(torch.isfinite(weight).all()):
+        raise GolfError(f"weights of shape {tuple(weight.shape)} hold NaN or infinity: they cannot be quantised")
     order, upper_CC, dead_C = _factor(hessian.to(weight.device))
     work_RC = weight.float().masked_fill(dead_C, 0.0)[:, order]
+    kinds = [other if other is not None and chosen else kind for chosen in inside[order.cpu()].tolist()]
     with _one_thread(weight.device):
-        codes_RC = _round_columns(work_RC, scale_R1, upper_CC.float(), grid)
+        codes_RC = _round_columns(work_RC, kinds, upper_CC.float())
     restored = torch.empty_like(codes_RC)
     restored[:, order] = codes_RC
-    return restored, scale_R1.squeeze(-1).to(grid.scale_dtype)
+    return restored
 
 
 def _factor(hessian_CC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -80,10 +114,8 @@ def _one_thread(device: torch.device) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _round_columns(work_RC: Tensor, scale_R1: Tensor, upper_CC: Tensor, grid: Grid) -> Tensor:
-    """int8 codes (R, C) of columns in their order; `work_RC` is used up."""
-    scale = scale_R1.squeeze(-1)
-    divisor = torch.where(scale == 0, torch.inf, scale)  # a scale that underflowed: all codes are 0
+def _round_columns(work_RC: Tensor, kinds: list[_Columns], upper_CC: Tensor) -> Tensor:
+    """int8 codes (R, C) of columns in their order, each of its kind; `work_RC` is used up."""
     rows, columns = work_RC.shape
     codes = torch.empty((rows, columns), dtype=torch.int8, device=work_RC.device)
     for start in range(0, columns, BLOCK):
@@ -93,8 +125,9 @@ def _round_columns(work_RC: Tensor, scale_R1: Tensor, upper_CC: Tensor, grid: Gr
         errors = torch.empty_like(block)
         rounded = torch.empty_like(block)
         for j in range(end - start):
-            torch.round(block[j] / divisor, out=rounded[j]).clamp_(grid.qmin, grid.qmax)
-            errors[j] = (block[j] - rounded[j] * scale) / factor[j, j]
+            kind = kinds[start + j]
+            torch.round(block[j] / kind.divisor, out=rounded[j]).clamp_(kind.low, kind.high)
+            errors[j] = (block[j] - rounded[j] * kind.scale) / factor[j, j]
             block[j + 1 :].addr_(factor[j, j + 1 :], errors[j], alpha=-1.0)
         codes[:, start:end] = rounded.t().to(torch.int8)
         work_RC[:, end:].addmm_(errors.t(), upper_CC[start:end, end:], alpha=-1.0)

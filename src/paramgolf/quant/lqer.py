@@ -15,6 +15,7 @@ from torch import Tensor
 
 from paramgolf.errors import GolfError
 from paramgolf.pack.stored import StoredTensor, TensorSpec
+from paramgolf.quant import awq
 from paramgolf.quant.grid import Grid
 from paramgolf.recipe.sections import GridSection, QuantSection
 
@@ -33,7 +34,8 @@ def corrected(
     """
     rank = section.lqer_rank
     fits = [t for t in stored if t.spec.bits and len(t.spec.shape) == 2 and rank * sum(t.spec.shape) < t.spec.size]
-    left = {t.name: error_of(t, state[t.name]) for t in fits}
+    whole = awq.applied({t.name: t.dequantised() for t in stored if t.spec.bits})
+    left = {t.name: error_of(whole[t.name], state[t.name]) for t in fits if t.name in whole}
     largest = sorted(left, key=lambda name: -float(left[name].norm()))[: section.lqer_tensors]
     out: list[StoredTensor] = []
     for tensor in stored:
@@ -43,9 +45,9 @@ def corrected(
     return out
 
 
-def error_of(tensor: StoredTensor, weight: Tensor) -> Tensor:
+def error_of(decoded: np.ndarray, weight: Tensor) -> Tensor:
     """(R, C) float32: what quantisation left of `weight`, on its device."""
-    return weight.detach().float() - torch.from_numpy(tensor.dequantised()).to(weight.device)
+    return weight.detach().float() - torch.from_numpy(decoded).to(weight.device)
 
 
 def factors(error_RC: Tensor, rank: int) -> tuple[Tensor, Tensor]:

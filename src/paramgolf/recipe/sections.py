@@ -178,6 +178,7 @@ class QuantSection:
     rules: tuple[RuleSection, ...] = ()  # in order; non-float tensors are kept as they are before any rule
     coarse_grid: str = ""  # the matrices that bear it best go on this grid instead of their own ...
     coarse_fraction: Fraction = 0.0  # ... this fraction of the matrices on grids of more bits
+    awq_columns: Count = 0  # so many neighbouring columns, the most salient of all matrices, keep 8 bits (gptq only)
     lqer_tensors: Count = 0  # matrices, those of largest error, that get a low-rank correction; 0 = none
     lqer_rank: Positive = 4
     lqer_group: Positive = 64  # entries of the right factor that share a scale
