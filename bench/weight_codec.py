@@ -2,41 +2,41 @@
 
 G, T, S: 21,233,664 synthetic weights each (PARAMGOLF_SHARED/tools/weight_payloads.py; equivalent ones are made here
 where that is absent). `trained`: a small GPT trained on the spot, on two grids (R-max, R-k), every coder given the same
-integers; its `ours` also gets the row scales, as in an artifact, under the variant "with-scales". Every coding is
-decoded and compared. Peers: one byte a weight, strongest setting; T = each tensor transposed; lrzip -z where installed.
+integers; `with-scales` is our codec with the row scales known, as in an artifact. Every coding is decoded and compared.
+Peers: one byte a weight, strongest setting, as stored and with each tensor transposed (-T); lrzip -z where installed.
+
+Each result is written when it is there, and the same command goes on where a stopped one ended. On one quiet core the
+whole takes about 45 minutes (brotli-11 and lrzip -z most of it), --quick two.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.metadata
 import importlib.util
 import json
-import lzma
 import os
 import platform
-import resource
 import shutil
 import subprocess
 import sys
 import tempfile
-import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bench import weight_trained
+from bench.weight_coders import OURS, PEERS, Arrays, flat, installed, measure, save
 from paramgolf.files import atomic_write
-from paramgolf.pack.codecs.base import CodeSpec, CodeTensor
-from paramgolf.pack.codecs.rans import RansCodec, decode_ints, encode_ints
-
-Arrays = list[tuple[str, np.ndarray]]
-Coder = tuple[Callable[[bytes], bytes], Callable[[bytes], bytes]]
 
 SHAPES = [("q", 512, 512), ("k", 256, 512), ("v", 256, 512), ("o", 512, 512), ("up", 1536, 512), ("down", 512, 1536)]
+QUICK = (*OURS, "zlib-9", "zlib-9-T")
+STRONG = ("zstd-22", "lzma-9e", "brotli-11")  # a margin over the best of these, in both orientations, is asked for
+LIMIT_SECONDS = 1200.0  # for one coder on one payload
 
 
 def made_here(kind: str) -> tuple[Arrays, float]:
@@ -75,43 +75,6 @@ def synthetic(kind: str) -> tuple[Arrays, float, str]:
     return arrays, ideal, "made here (PARAMGOLF_SHARED has no tools/weight_payloads.py)"
 
 
-def peers() -> dict[str, Coder]:
-    """name -> (compress, expand) of the general compressors, strongest settings."""
-    import brotli
-    import zstandard
-
-    extreme = 9 | lzma.PRESET_EXTREME
-    return {
-        "zlib-9": (lambda b: zlib.compress(b, 9), zlib.decompress),
-        "zstd-22": (
-            lambda b: zstandard.ZstdCompressor(level=22).compress(b),
-            lambda b: zstandard.ZstdDecompressor().decompress(b),
-        ),
-        "lzma-9e": (lambda b: lzma.compress(b, preset=extreme), lzma.decompress),
-        "brotli-11": (lambda b: brotli.compress(b, quality=11, lgwin=24), brotli.decompress),
-    }
-
-
-def lrzip(flag: str, data: bytes) -> bytes:
-    with tempfile.TemporaryDirectory() as folder:
-        source, target = Path(folder, "in"), Path(folder, "out")
-        source.write_bytes(data)
-        arguments = ["lrzip", "-q", "-f", *flag.split(), "-o", str(target), str(source)]
-        subprocess.run(arguments, check=True, capture_output=True)
-        return target.read_bytes()
-
-
-def measure(name: str, payload: bytes, coder: Coder) -> tuple[dict[str, float], bytes]:
-    began = time.perf_counter()
-    coded = coder[0](payload)
-    middle = time.perf_counter()
-    back = coder[1](coded)
-    seconds = time.perf_counter() - middle
-    if back != payload:
-        raise SystemExit(f"{name} does not give its input back")
-    return {"bytes": len(coded), "encode_s": round(middle - began, 3), "decode_s": round(seconds, 3)}, coded
-
-
 def zero_order(arrays: Arrays) -> float:
     """Bytes of one histogram a tensor, tables not counted."""
     bits = 0.0
@@ -122,91 +85,122 @@ def zero_order(arrays: Arrays) -> float:
     return bits / 8
 
 
-def ours(arrays: Arrays, limit: int) -> tuple[dict[str, float], bytes]:
-    began = time.perf_counter()
-    coded = encode_ints([(name, q, limit) for name, q in arrays])
-    middle = time.perf_counter()
-    back = decode_ints(coded, [q.shape for _, q in arrays])
-    seconds = time.perf_counter() - middle
-    if not all(np.array_equal(b, q) for b, (_, q) in zip(back, arrays, strict=True)):
-        raise SystemExit("our codec does not give its input back")
-    return {"bytes": len(coded), "encode_s": round(middle - began, 3), "decode_s": round(seconds, 3)}, coded
+def payloads(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """What `--payloads` names: name, tensors, ideal bytes, origin, row scales, what else is to be told."""
+    for kind in arguments.payloads.split(","):
+        if kind == "trained":
+            weights, note = weight_trained.trained(arguments.steps, arguments.weights)
+            for name, grid in weight_trained.GRIDS.items():
+                coded = weight_trained.quantised(weights, grid)
+                yield {
+                    "name": name, "arrays": [(n, q) for n, q, _ in coded], "ideal": None, "note": note,
+                    "scales": [s for _, _, s in coded], "row_scales": weight_trained.scale_bytes(weights, grid),
+                }  # fmt: skip
+        elif kind in ("G", "T", "S"):
+            arrays, ideal, origin = synthetic(kind)
+            if arguments.tensors:
+                arrays, ideal = arrays[: arguments.tensors], 0.0
+            yield {"name": kind, "arrays": arrays, "ideal": ideal or None, "note": origin, "scales": None}
+        else:
+            raise SystemExit(f"no payload '{kind}'; known: G, T, S, trained")
 
 
-def with_scales(arrays: Arrays, scales: list[np.ndarray]) -> dict[str, float]:
-    """Our codec as an artifact uses it: the decoder has the row scales already."""
-    specs = [CodeSpec(name, q.shape, 6, scale=s) for (name, q), s in zip(arrays, scales, strict=True)]
-    began = time.perf_counter()
-    coded = RansCodec().encode([CodeTensor(spec, q) for spec, (_, q) in zip(specs, arrays, strict=True)])
-    middle = time.perf_counter()
-    back = RansCodec().decode(coded, specs)
-    seconds = time.perf_counter() - middle
-    if not all(np.array_equal(b, q) for b, (_, q) in zip(back, arrays, strict=True)):
-        raise SystemExit("our codec does not give its input back")
-    return {"bytes": len(coded), "encode_s": round(middle - began, 3), "decode_s": round(seconds, 3)}
+class Results:
+    """The JSON file: read at the start, written after every measurement."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.payloads: dict[str, dict[str, Any]] = {}
+        if path is not None and path.is_file():
+            before = json.loads(path.read_text())
+            if before.get("versions") == versions():
+                self.payloads = {p["name"]: p for p in before["payloads"]}
+
+    def begin(self, payload: dict[str, Any]) -> dict[str, Any]:
+        """The entry of a payload; what was measured on other bytes is dropped."""
+        plain = flat(payload["arrays"], False)
+        digest = hashlib.sha256(plain).hexdigest()
+        before = self.payloads.get(payload["name"], {})
+        coders = before.get("coders", {}) if before.get("sha256") == digest else {}
+        limits = {"zero_order_per_tensor": round(zero_order(payload["arrays"])), "six_bit_packing": len(plain) * 6 // 8}
+        entry = {
+            "name": payload["name"], "weights": len(plain), "sha256": digest, "note": payload["note"],
+            "ideal": None if payload["ideal"] is None else round(payload["ideal"]),
+            "coders": coders, "limits": limits,
+        }  # fmt: skip
+        if "row_scales" in payload:
+            entry["row_scales"] = payload["row_scales"]
+        self.payloads[payload["name"]] = entry
+        return entry
+
+    def write(self) -> None:
+        if self.path is None:
+            return
+        words = [Path(word).name if word.startswith("/") else word for word in sys.argv[1:]]
+        command = " ".join(["python -m bench.weight_codec", *words])
+        report = {"command": command, "versions": versions(), "payloads": list(self.payloads.values())}
+        atomic_write(self.path, (json.dumps(report, indent=1) + "\n").encode())
 
 
-PEERS = ("zlib-9", "zstd-22", "lzma-9e", "brotli-11", "brotli-11-T", "lrzip-z", "lrzip-z-T")
-MORE = ("zlib-9-T", "zstd-22-T", "lzma-9e-T")
-QUICK = ("ours", "with-scales", "zlib-9")
-
-
-def general(name: str) -> Coder | None:
-    """The compressor called `name` (without the -T of a transposed payload); None where it is not installed."""
-    if name == "lrzip-z":
-        if not shutil.which("lrzip"):
-            return None
-        return (lambda b: lrzip("-z -L 9", b)), (lambda b: lrzip("-d", b))
-    return peers()[name]
-
-
-def bench(
-    name: str, arrays: Arrays, ideal: float | None, note: str, wanted: tuple[str, ...], keep: Path | None,
-    scales: list[np.ndarray] | None, before: dict[str, Any],
-) -> dict[str, Any]:  # fmt: skip
-    """One payload; `before` holds what an earlier, partial run measured on it."""
-    plain = b"".join(q.tobytes() for _, q in arrays)
-    turned = b"".join(np.ascontiguousarray(q.T).tobytes() for _, q in arrays)
-    coders, variants = dict(before.get("coders", {})), dict(before.get("variants", {}))
-    if "ours" in wanted or keep is not None:
-        coders["ours"], coded = ours(arrays, 31)
-        if keep is not None:
-            keep.mkdir(parents=True, exist_ok=True)
-            atomic_write(keep / f"{name}.raw", plain)
-            atomic_write(keep / f"{name}.rans", coded)
-    if "with-scales" in wanted and scales is not None:
-        variants["with-scales"] = with_scales(arrays, scales)
-    for peer in (*PEERS, *MORE):
-        coder = general(peer.removesuffix("-T")) if peer in wanted else None
-        if coder is not None:
-            place = coders if peer in PEERS else variants
-            place[peer] = measure(peer, turned if peer.endswith("-T") else plain, coder)[0]
-            print(f"  {name} {peer}: {place[peer]['bytes']:,}", file=sys.stderr, flush=True)
-    limits = {"zero_order_per_tensor": round(zero_order(arrays)), "six_bit_packing": len(plain) * 6 // 8}
-    return {
-        "name": name, "weights": len(plain), "note": note, "ideal": None if ideal is None else round(ideal),
-        "coders": coders, "variants": variants, "limits": limits,
-    }  # fmt: skip
+def bench(payload: dict[str, Any], wanted: list[str], results: Results, keep: Path | None) -> None:
+    entry = results.begin(payload)
+    coders = entry["coders"]
+    todo = [n for n in wanted if n not in coders and (n != "with-scales" or payload["scales"] is not None)]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "payload.npz")
+        save(file, payload["arrays"], payload["scales"])
+        for name in todo:
+            coders[name] = measure(name, file, LIMIT_SECONDS)
+            results.write()
+            size = coders[name].get("bytes")
+            print(
+                f"  {payload['name']} {name}: {size:,}" if size else f"  {name}: stopped", file=sys.stderr, flush=True
+            )
+    entry["coders"] = {name: coders[name] for name in (*OURS, *PEERS) if name in coders}
+    results.write()
+    if keep is not None:
+        keep.mkdir(parents=True, exist_ok=True)
+        atomic_write(keep / f"{payload['name']}.raw", flat(payload["arrays"], False))
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    lines = []
+    lines = [f"{'':26}{'bytes':>12}{'encode':>12}{'decode':>12}{'memory':>12}"]
     for r in results:
-        if "ours" not in r["coders"] or len(r["coders"]) < 2:
-            continue
-        best = min((c["bytes"], n) for n, c in {**r["coders"], **r["variants"]}.items() if n not in OURS)
-        size = r["coders"]["ours"]["bytes"]
-        above = "" if r["ideal"] is None else f", {100 * (size / r['ideal'] - 1):+.3f} % from the known-scale ideal"
         lines.append(f"\n{r['name']}: {r['weights']:,} weights ({r['note']})")
         limits = {**r["limits"], **({} if r["ideal"] is None else {"known-scale ideal": r["ideal"]})}
         lines += [f"  {n:<24}{b:>12,}" for n, b in limits.items()]
-        for n, c in {**r["coders"], **r["variants"]}.items():
-            lines.append(f"  {n:<24}{c['bytes']:>12,}  {c['encode_s']:>8.2f} s {c['decode_s']:>8.2f} s")
-        lines.append(f"  ours: {100 * (1 - size / best[0]):.2f} % below the best peer ({best[1]}){above}")
+        for n, c in r["coders"].items():
+            if "bytes" not in c:
+                lines.append(f"  {n:<24}{'stopped':>12} after {c['stopped_after']:.0f} s")
+                continue
+            memory = f"{c['peak_bytes'] / 1e6:>9.0f} MB"
+            lines.append(f"  {n:<24}{c['bytes']:>12,}{c['encode_s']:>10.2f} s{c['decode_s']:>10.2f} s{memory}")
+        lines += verdict(r)
     return "\n".join(lines)
 
 
-OURS = ("ours", "with-scales")
+def verdict(r: dict[str, Any]) -> list[str]:
+    """Our size against the best peer, the best of STRONG and the ideal."""
+    sizes = {n: c["bytes"] for n, c in r["coders"].items() if "bytes" in c}
+    ours, lines = sizes.get("ours"), []
+    if ours is None:
+        return []
+    others = {n: b for n, b in sizes.items() if n not in OURS}
+    for what, pool in (("every peer", others), ("zstd, brotli, lzma", {n: others[n] for n in others if strong(n)})):
+        if pool:
+            best = min(pool, key=lambda n: pool[n])
+            lines.append(f"  ours: {100 * (1 - ours / pool[best]):+.2f} % below the best of {what} ({best})")
+    if r["ideal"] is not None:
+        lines.append(
+            f"  ours: {100 * (ours / r['ideal'] - 1):+.3f} % from the known-scale ideal, {ours - r['ideal']:,} B"
+        )
+    for bits, found in r.get("row_scales", {}).items():
+        lines.append(f"  row scales, {bits} mantissa bits: {found['bytes']:,} B, squared error x {found['error']:.4f}")
+    return lines
+
+
+def strong(name: str) -> bool:
+    return name.removesuffix("-T") in STRONG
 
 
 def versions() -> dict[str, str]:
@@ -221,48 +215,27 @@ def versions() -> dict[str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--keep", type=Path, help="write every payload raw and coded into this folder")
+    parser.add_argument("--json", type=Path, help="results; a run goes on with what this file has of the same payloads")
+    parser.add_argument("--keep", type=Path, help="write every payload raw into this folder")
     parser.add_argument("--payloads", default="G,T,S,trained")
     parser.add_argument("--quick", action="store_true", help="ours and zlib only")
-    parser.add_argument("--coders", help="only these, added to what the JSON file holds already (the whole takes long)")
+    parser.add_argument("--coders", help="only these")
+    parser.add_argument("--tensors", type=int, default=0, help="only the first tensors of G, T, S, to try the bench")
     parser.add_argument("--steps", type=int, default=160, help="training steps of the trained payload")
     parser.add_argument("--weights", type=Path, help="keep the trained weights in this .npz and reuse them")
     arguments = parser.parse_args()
-    wanted = QUICK if arguments.quick else ("ours", "with-scales", *PEERS, *MORE)
+    wanted = list(QUICK if arguments.quick else (*OURS, *PEERS))
     if arguments.coders:
-        wanted = tuple(arguments.coders.split(","))
-    done: dict[str, dict[str, Any]] = {}
-    if arguments.coders and arguments.json and arguments.json.is_file():
-        done = {p["name"]: p for p in json.loads(arguments.json.read_text())["payloads"]}
-    for name, arrays, ideal, note, scales in payloads(arguments):
-        done[name] = bench(name, arrays, ideal, note, wanted, arguments.keep, scales, done.get(name, {}))
-        if arguments.json:
-            write(arguments.json, list(done.values()))  # after every payload: the whole bench takes an hour
-    print(table(list(done.values())))
-
-
-def payloads(arguments: argparse.Namespace) -> Iterator[tuple[str, Arrays, float | None, str, list[np.ndarray] | None]]:
-    """(name, tensors, ideal bytes, origin, row scales) of what `--payloads` names."""
-    for kind in arguments.payloads.split(","):
-        if kind == "trained":
-            weights, note = weight_trained.trained(arguments.steps, arguments.weights)
-            for name, grid in weight_trained.GRIDS.items():
-                coded = weight_trained.quantised(weights, grid)
-                yield name, [(n, q) for n, q, _ in coded], None, note, [s for _, _, s in coded]
-        elif kind in ("G", "T", "S"):
-            arrays, ideal, origin = synthetic(kind)
-            yield kind, arrays, ideal, origin, None
-        else:
-            raise SystemExit(f"no payload '{kind}'; known: G, T, S, trained")
-
-
-def write(path: Path, results: list[dict[str, Any]]) -> None:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    words = [Path(word).name if word.startswith("/") else word for word in sys.argv[1:]]
-    command = " ".join(["python -m bench.weight_codec", *words])
-    report = {"command": command, "versions": versions(), "peak_bytes": peak, "payloads": results}
-    atomic_write(path, (json.dumps(report, indent=1) + "\n").encode())
+        wanted = arguments.coders.split(",")
+    for name in [name for name in wanted if not installed(name)]:
+        print(f"  {name} is not installed here", file=sys.stderr)
+        wanted.remove(name)
+    results = Results(arguments.json)
+    named = []
+    for payload in payloads(arguments):
+        bench(payload, wanted, results, arguments.keep)
+        named.append(payload["name"])
+    print(table([results.payloads[name] for name in named]))
 
 
 if __name__ == "__main__":

@@ -86,3 +86,25 @@ def quantised(weights: dict[str, np.ndarray], grid: dict[str, object]) -> Payloa
         codes, scale = made.quantize(torch.from_numpy(weight))
         out.append((name, codes.numpy(), scale.numpy()))
     return out
+
+
+def scale_bytes(weights: dict[str, np.ndarray], grid: dict[str, object]) -> dict[str, dict[str, float]]:
+    """Coded bytes of the row scales by how many mantissa bits they keep, and the squared error against all ten."""
+    import torch
+
+    from paramgolf.pack.side import encode_arrays
+    from paramgolf.quant.grid import Grid
+    from paramgolf.recipe.sections import GridSection
+
+    out: dict[str, dict[str, float]] = {}
+    whole = 0.0
+    for bits in (10, 6, 5, 4, 3):
+        made = Grid(GridSection(bits=6, scale_bits=bits, **grid))  # type: ignore[arg-type]
+        scales, error = [], 0.0
+        for weight in map(torch.from_numpy, weights.values()):
+            codes, scale = made.quantize(weight)
+            scales.append(scale.numpy())
+            error += float((made.dequantize(codes, scale) - weight).square().sum())
+        whole = whole or error
+        out[str(bits)] = {"bytes": len(encode_arrays(scales)), "error": round(error / whole, 5)}
+    return out
