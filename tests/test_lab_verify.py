@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import lzma
 import os
 import shutil
 import subprocess
@@ -16,7 +17,7 @@ import pytest
 from paramgolf.errors import GolfError
 from paramgolf.lab.verify import verify
 from paramgolf.recipe.load import load_recipe
-from paramgolf.runner.environment import source_sha256
+from paramgolf.runner.environment import read_source, source_sha256, sources_sha256
 from paramgolf.runner.record import FORMAT, SEAL, seal
 from paramgolf.runner.run import run
 from paramgolf.train.clock import Clock
@@ -87,6 +88,7 @@ def test_a_changed_recipe(folder: Path) -> None:
 def test_every_byte_of_the_record_counts(folder: Path) -> None:
     path = folder / "record.json"
     original = path.read_bytes()
+    (folder / "source.tar.xz").unlink()  # takes a tenth of a second to hash each time
     for at in range(0, len(original), 37):
         flip(path, at)
         try:
@@ -117,7 +119,10 @@ def test_every_byte_of_the_record_counts(folder: Path) -> None:
         (lambda r: r.pop("data"), {"data passport"}),
         (lambda r: r.update(ledger=[1, 2]), {"model.golf"}),
         (lambda r: r.update(ledger="x"), {"model.golf"}),
-        (lambda r: r.update(sha256=3), {"sha256 of recipe.toml", "sha256 of train.jsonl", "sha256 of model.golf"}),
+        (
+            lambda r: r.update(sha256=3),
+            {"sha256 of recipe.toml", "sha256 of train.jsonl", "sha256 of model.golf", "code in source.tar.xz"},
+        ),
     ],
 )
 def test_a_sealed_lie_is_caught_by_the_files(
@@ -148,7 +153,38 @@ def test_without_the_text_the_score_is_unknown(folder: Path, tmp_path: Path, mon
     assert unknown == ["score"]
 
 
+def test_a_changed_byte_of_the_code(folder: Path) -> None:
+    """Anywhere in the archive, or repacked with one byte of one file changed."""
+    path = folder / "source.tar.xz"
+    original = path.read_bytes()
+    for at in range(0, len(original), len(original) // 12):
+        flip(path, at)
+        assert mismatches(folder), f"byte {at} of the code changed unseen"
+        path.write_bytes(original)
+    unpacked = lzma.decompress(original)
+    changed = unpacked.replace(b"def score(", b"def scare(", 1)
+    assert changed != unpacked
+    path.write_bytes(lzma.compress(changed))
+    assert mismatches(folder) == {"code in source.tar.xz"}
+    for wrong in (b"no archive", lzma.compress(b"\0" * (65 << 20)), original + b"more", original[:-9]):
+        path.write_bytes(wrong)
+        assert mismatches(folder) == {"source.tar.xz"}
+    path.unlink()
+    assert mismatches(folder) == set()  # a run of an older version
+
+
+def test_files_that_differ_from_the_installed_code_are_named(folder: Path) -> None:
+    path = folder / "source.tar.xz"
+    unpacked = lzma.decompress(path.read_bytes())
+    path.write_bytes(lzma.compress(unpacked.replace(b"def findings_text(", b"def findings_line(", 1)))
+    edit(folder, lambda record: record["sha256"].update(source=sources_sha256(read_source(path))))
+    assert mismatches(folder) == set()
+    (named,) = (c for c in verify(folder, source=True).mismatches)
+    assert "1 files differ: lab/verify.py" in named.detail
+
+
 def test_another_code_is_a_remark_unless_asked_for(folder: Path) -> None:
+    (folder / "source.tar.xz").unlink()
     edit(folder, lambda record: record["sha256"].update(source=source_sha256()))
     assert mismatches(folder, source=True) == set()
     edit(folder, lambda record: record["sha256"].update(source="0" * 64))

@@ -83,6 +83,9 @@ def run_command(
     seconds: Annotated[str, typer.Option(metavar="S", help="Time budget (budget.seconds).")] = "",
     max_bytes: Annotated[str, typer.Option("--bytes", metavar="N", help="Byte cap (budget.bytes).")] = "",
     from_env: FromEnv = "",
+    track: Annotated[
+        list[str] | None, typer.Option(help="Also send the numbers to tensorboard, wandb or trackio.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Train a recipe, pack it under its byte cap and score the file that came out."""
@@ -96,7 +99,7 @@ def run_command(
     from paramgolf.runner.run import run
     from paramgolf.runner.summary import summary_text
 
-    record = run(resolved.recipe, data=data or None, out=out, resume=resume)
+    record = run(resolved.recipe, data=data or None, out=out, resume=resume, track=track or [])
     if record is not None:  # only the first rank reports
         emit(record, as_json, summary_text(record))
 
@@ -183,13 +186,24 @@ def inspect_command(artifact: Artifact, as_json: Json = False) -> None:
     emit(facts, as_json, inspect_text(facts))
 
 
-@app.command("doctor", epilog="Example: golf doctor")
-def doctor_command(as_json: Json = False) -> None:
+@app.command("doctor", epilog="Example: golf doctor --bench")
+def doctor_command(
+    bench: Annotated[
+        bool, typer.Option("--bench", help="Also measure this machine for about 20 s, against its earlier times.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """What this machine has, what a run would use, and what is missing."""
     from paramgolf.runner.doctor import doctor_text, examine
 
-    facts = examine()
-    emit(facts, as_json, doctor_text(facts))
+    facts, text = examine(), ""
+    if bench:
+        from paramgolf.runner.machine_bench import bench as measured
+        from paramgolf.runner.machine_bench import bench_text
+
+        facts["bench"] = measured()
+        text = "\n\n" + bench_text(facts["bench"])
+    emit(facts, as_json, doctor_text(facts) + text)
 
 
 @app.callback(invoke_without_command=True)

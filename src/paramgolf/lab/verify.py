@@ -6,6 +6,7 @@ can seal it again. Against that stand the checks on the artifact, and `score_che
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -19,13 +20,14 @@ from paramgolf.files import sha256_bytes, sha256_file
 from paramgolf.lab.records import parse_record, read_bytes, recipe_table, run_folder
 from paramgolf.pack.container import describe_artifact
 from paramgolf.recipe.load import load_recipe
-from paramgolf.runner.environment import source_sha256
+from paramgolf.runner.environment import installed_source, read_source, source_sha256, sources_sha256
 from paramgolf.runner.folder import RunFolder
 from paramgolf.runner.record import SEAL, canonical
 
 SCORE_TOLERANCE = 1e-4  # BPB: other processors and thread counts round differently
 _EXACT = ("scored_tokens", "scored_bytes", "table_bytes")
-_ROUNDED = ("val_loss", "val_bpb", "val_loss_sliding", "val_bpb_sliding")
+_SCORES = ("", "_sliding", "_tilt", "_ttt", "_ttt_tilt")
+_ROUNDED = tuple(f"val_{what}{kind}" for kind in _SCORES for what in ("loss", "bpb"))
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,8 @@ def verify(
     findings.guard("recipe", lambda: _check_recipe(findings, record, folder))
     findings.guard("model.golf", lambda: _check_artifact(findings, record, folder))
     findings.guard("data passport", lambda: _check_passport(findings, record, folder))
-    _check_source(findings, hashes, strict=source)
+    findings.guard("source.tar.xz", lambda: _check_code(findings, hashes, folder))
+    _check_source(findings, hashes, folder, strict=source)
     if score:
         findings.guard("score", lambda: _check_score(findings, record, folder, data, tolerance))
     return findings
@@ -167,13 +170,30 @@ def _check_passport(findings: Findings, record: dict[str, Any], folder: RunFolde
         findings.checks.append(Check(name, leaked == 0, f"{leaked} are" if leaked else ""))
 
 
-def _check_source(findings: Findings, hashes: dict[str, Any], *, strict: bool) -> None:
+def _check_code(findings: Findings, hashes: dict[str, Any], folder: RunFolder) -> None:
+    """The code kept with the run against the record's hash of the code that ran."""
+    if not folder.source.is_file():
+        findings.unknown("source.tar.xz", "the folder does not keep the code of the run")
+        return
+    findings.same("code in source.tar.xz", hashes.get("source"), sources_sha256(read_source(folder.source)))
+
+
+def _check_source(findings: Findings, hashes: dict[str, Any], folder: RunFolder, *, strict: bool) -> None:
+    """The installed code against the run's; which files differ is named where the run kept its own."""
     name = "sha256 of the installed code"
     recorded, here = hashes.get("source"), source_sha256()
-    if strict or recorded == here:
+    if recorded == here:
         findings.same(name, recorded, here)
+        return
+    why = f"the run was made by other code ({_short(recorded)}) than this ({_short(here)})"
+    with contextlib.suppress(GolfError):
+        kept, now = read_source(folder.source), installed_source()
+        differ = sorted(f for f in kept.keys() | now.keys() if kept.get(f) != now.get(f))
+        why += f"; {len(differ)} files differ: {', '.join(differ[:5])}" + (" ..." if len(differ) > 5 else "")
+    if strict:
+        findings.checks.append(Check(name, False, why))
     else:
-        findings.unknown(name, f"the run was made by other code ({_short(recorded)}) than this ({_short(here)})")
+        findings.unknown(name, why)
 
 
 def _check_score(
@@ -218,6 +238,7 @@ def _measure(record: dict[str, Any], folder: RunFolder, dataset: Dataset) -> dic
     from paramgolf.dist import pick_device
     from paramgolf.pack.packer import load_model
     from paramgolf.score.scorer import score
+    from paramgolf.score.ttt.scorer import score_adapted
 
     recipe = load_recipe(str(folder.root / "recipe.toml"))
     loaded = load_model(folder.artifact, pick_device("auto"))
@@ -228,6 +249,12 @@ def _measure(record: dict[str, Any], folder: RunFolder, dataset: Dataset) -> dic
             loaded.model, tokens, token_bytes=tokenizer.token_bytes, true_bytes=dataset.val_bytes,
             seq_len=record["eval_seq_len"], stride=stride, batch_tokens=recipe.score.batch_tokens,
             windows=record["windows"], lane_count=record["lanes"],
+        ).as_dict()  # fmt: skip
+    if any(key in record for key in ("val_bpb_ttt", "val_bpb_tilt")):
+        results |= score_adapted(
+            loaded.model, tokens, recipe.ttt, recipe.tilt, token_bytes=tokenizer.token_bytes,
+            true_bytes=dataset.val_bytes, seq_len=record["eval_seq_len"], stride=recipe.score.stride,
+            batch_tokens=recipe.score.batch_tokens, bos_id=tokenizer.bos_id,
         ).as_dict()  # fmt: skip
     return results
 

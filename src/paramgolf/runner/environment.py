@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import io
+import lzma
 import platform
+import tarfile
+from collections.abc import Mapping
 from importlib import metadata
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import paramgolf
-from paramgolf.files import sha256_bytes
+from paramgolf.errors import GolfError
+from paramgolf.files import atomic_write, sha256_bytes
 
+SOURCE_SUFFIXES = (".py", ".toml", ".c", ".j2")
+MAX_SOURCE = 64 * 2**20  # bytes unpacked; ours are about one and a half million
 PACKAGES = ("numpy", "sentencepiece", "safetensors", "zstandard", "brotli")
 
 
@@ -25,10 +32,50 @@ def cpu_name() -> str:
 
 def source_sha256() -> str:
     """One hash over every source and recipe file of the installed package, names included."""
+    return sources_sha256(installed_source())
+
+
+def installed_source() -> dict[str, bytes]:
+    """Every source, recipe and template file of the installed package, by its path in it."""
     root = Path(paramgolf.__file__).parent
-    files = sorted(p for p in root.rglob("*") if p.suffix in (".py", ".toml"))
-    lines = [f"{p.relative_to(root).as_posix()} {sha256_bytes(p.read_bytes())}" for p in files]
+    files = sorted(p for p in root.rglob("*") if p.suffix in SOURCE_SUFFIXES)
+    return {p.relative_to(root).as_posix(): p.read_bytes() for p in files}
+
+
+def sources_sha256(files: Mapping[str, bytes]) -> str:
+    """The hash `source_sha256` gives, of files kept elsewhere."""
+    lines = [f"{name} {sha256_bytes(data)}" for name, data in sorted(files.items(), key=lambda f: PurePosixPath(f[0]))]
     return sha256_bytes("\n".join(lines).encode())
+
+
+def archive_source(path: Path) -> None:
+    """Keep the code of a run beside it: a tar.xz file of the installed package, the same bytes for the same code."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+        for name, data in installed_source().items():
+            member = tarfile.TarInfo(f"paramgolf/{name}")
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    atomic_write(path, lzma.compress(buffer.getvalue()))
+
+
+def read_source(path: Path) -> dict[str, bytes]:
+    """The files in such an archive. GolfError if it is none, damaged, or larger than any package of ours."""
+    try:
+        unpacker = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=MAX_SOURCE)
+        data = unpacker.decompress(path.read_bytes(), MAX_SOURCE)
+        if not unpacker.eof or unpacker.unused_data:
+            raise GolfError(f"{path}: not the code of a run: too large, cut off, or with something after it")
+        files = {}
+        with tarfile.open(fileobj=io.BytesIO(data)) as archive:
+            for member in archive:
+                content = archive.extractfile(member) if member.isreg() else None
+                if content is None:
+                    raise GolfError(f"{path}: {member.name} is no plain file")
+                files[member.name.removeprefix("paramgolf/")] = content.read()
+        return files
+    except (OSError, ValueError, tarfile.TarError, lzma.LZMAError, EOFError) as error:
+        raise GolfError(f"{path} cannot be read: {error}") from None
 
 
 def environment() -> dict[str, Any]:

@@ -45,6 +45,11 @@ class RunFolder:
         return self.root / "frontier.json"
 
     @property
+    def source(self) -> Path:
+        """The code of the run, as a tar.xz file."""
+        return self.root / "source.tar.xz"
+
+    @property
     def data(self) -> Path:
         """The passport of the run's data: a resumed run must go on with the same."""
         return self.root / "data.json"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,16 +33,21 @@ from paramgolf.pack.packer import load_model, pack_model
 from paramgolf.pack.registry import CODECS
 from paramgolf.quant.hessian import collect, training_loss
 from paramgolf.quant.registry import QUANTIZERS
+from paramgolf.recipe.load import to_table
 from paramgolf.recipe.sections import Recipe
+from paramgolf.runner.environment import archive_source
 from paramgolf.runner.folder import RunFolder, claim
+from paramgolf.runner.machine import SpeedWatch
 from paramgolf.runner.peers import compress_peers
 from paramgolf.runner.phases import Phases
 from paramgolf.runner.record import causes, write_record
 from paramgolf.runner.report import write_report
 from paramgolf.runner.reserve import calibrates, packing_seconds
 from paramgolf.score.scorer import Score, score
+from paramgolf.train.callbacks import Callback, progress
 from paramgolf.train.clock import Clock
 from paramgolf.train.session import TrainOutput, train_recipe
+from paramgolf.train.trackers import Tracker, check_trackers
 
 PEER_TEXT_LIMIT = 64 * 2**20  # larger validation texts are not put through the general compressors
 
@@ -53,6 +58,7 @@ def run(
     data: str | None = None,
     out: Path | None = None,
     resume: bool = False,
+    track: Sequence[str] = (),
     clock: Clock | None = None,
 ) -> dict[str, Any] | None:
     """Run a recipe to its end and return its record (None on all ranks but the first).
@@ -61,6 +67,7 @@ def run(
         data: training text or shards; None = `data.train` of the recipe, and without that the built-in corpus.
         out: the run folder; None = `runs/<recipe>-<timestamp>`.
         resume: go on from the newest usable checkpoint in `out`; on a finished run, do nothing.
+        track: names of train.trackers that get the numbers as well.
 
     Raises:
         GolfError: anything wrong with the input, found before the work that would need it.
@@ -68,6 +75,7 @@ def run(
     clock = clock or Clock()
     with on_every_rank():
         check(recipe)
+        check_trackers(track)
     if data:
         recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, train=data))
     dist = init_dist(recipe.train.device)
@@ -81,7 +89,7 @@ def run(
     with contextlib.ExitStack() as held:
         _on_main(dist, lambda: held.enter_context(folder.locked()))
         try:
-            record = _work(recipe, folder, dist, clock, resume)
+            record = _work(recipe, folder, dist, clock, resume, track)
         except BaseException:
             if dist.is_main:
                 folder.abandon()
@@ -90,7 +98,9 @@ def run(
     return record
 
 
-def _work(recipe: Recipe, folder: RunFolder, dist: Dist, clock: Clock, resume: bool) -> dict[str, Any] | None:
+def _work(
+    recipe: Recipe, folder: RunFolder, dist: Dist, clock: Clock, resume: bool, track: Sequence[str]
+) -> dict[str, Any] | None:
     """All phases, in order; the record on the main rank."""
     with clock.phase("data", outside=True):
         dataset = _dataset(recipe, dist)
@@ -99,7 +109,7 @@ def _work(recipe: Recipe, folder: RunFolder, dist: Dist, clock: Clock, resume: b
     job = Job(recipe, folder, dataset, dist, clock, dataset.tokenizer.compact(), byte_table)
     with on_every_rank():
         check(recipe, job.vocab_size, len(job.tokenizer_bytes))
-    trained = job.train(resume)
+    trained = job.train(resume, track)
     floats = job.score_floats(trained.model)
     ledger = job.pack(trained)
     results = job.score_artifact()
@@ -186,6 +196,7 @@ class Job:
     tokenizer_bytes: bytes
     byte_table: dict[str, Any] | None  # the tokenizer's against the validation documents
     forecasts: list[dict[str, float]] = field(default_factory=list)  # of the file's size, in training
+    speed: SpeedWatch | None = None  # this machine's own history; the main rank's
 
     @property
     def vocab_size(self) -> int:
@@ -213,11 +224,17 @@ class Job:
         cap = self.recipe.budget.bytes
         return f"{size:,} bytes" + (f" ({100 * size / cap:.1f} % of the cap)" if cap else "")
 
-    def train(self, resume: bool) -> TrainOutput:
-        recipe = self.recipe
+    def train(self, resume: bool, track: Sequence[str]) -> TrainOutput:
+        recipe, every = self.recipe, self.recipe.train.log_every
+        watchers: list[Callback] = []
+        if self.dist.is_main:
+            shown = progress(every, self._forecast)
+            self.speed = SpeedWatch(recipe, self.dist.world, shown.note)
+            trackers = [Tracker(name, self.folder.root, to_table(recipe), every, shown.note) for name in track]
+            watchers = [shown, self.speed, *trackers]
         return train_recipe(
             recipe, self.dataset, self.folder.root, self.clock, self.dist, resume=resume,
-            forecast=self._forecast,
+            callbacks=watchers,
             reserve_seconds=packing_seconds(recipe, self.vocab_size, self.dist.device, self.dist.world),
         )  # fmt: skip
 
@@ -284,6 +301,7 @@ class Job:
         """The record and the report, once everything else is on disk."""
         recipe, result = self.recipe, trained.result
         with self.clock.phase("peers", outside=True):
+            archive_source(self.folder.source)
             text = self.dataset.val_text
             small = text is not None and text.stat().st_size <= PEER_TEXT_LIMIT
             peers = compress_peers(text) if text is not None and small else {}
@@ -308,6 +326,7 @@ class Job:
             "train_tokens": result.tokens,
             "step_ms": result.step_ms,
             "seconds": seconds | self.clock.phases(),
+            "speed": self.speed.conclude(result.step_ms, result.steps) if self.speed else {},
             "peak_memory_bytes": max(result.peak_memory_bytes.values()),
             "training": result,
             "data": self.dataset.passport,
