@@ -41,8 +41,7 @@ class Bench:
         self.dataset = data_of(trained)
         self.gptq = Packing(trained, self.dataset)
         rtn = dataclasses.replace(trained, recipe=_quant(trained.recipe, method="rtn"))
-        self.rtn = Packing(rtn, self.dataset)
-        self.rtn.hessians = self.gptq.hessians
+        self.rtn = Packing(rtn, self.dataset, moments=self.gptq.hessians)
         self.file = scratch / "model.golf"
         self.rows: list[dict[str, Any]] = []
         self.floats = self.bpb(self.gptq.model)

@@ -142,6 +142,18 @@ def test_forecast_and_plan_come_close(tmp_path: Path, name: str, codec: str) -> 
         assert sizes.typical_bytes == pytest.approx(real, rel=0.08)
 
 
+@pytest.mark.parametrize("name", ["baseline", "pr107", "pr114", "pr128", "pr137"])
+def test_our_codec_is_one_override_away_from_the_published_ones(tmp_path: Path, name: str) -> None:
+    own = load_recipe(name, [*SMALL[:-2], "train.seq_len=128"])
+    assert own.pack.codec == ("zlib" if name in ("baseline", "pr114") else "zstd")
+    state = weights(own).state_dict()
+    theirs = pack_model(state, own, b"tok", tmp_path / "theirs", VOCAB)
+    ours = pack_model(state, small("pack.codec=auto", name=name), b"tok", tmp_path / "ours", VOCAB)
+    assert ours.counted_bytes < theirs.counted_bytes
+    states = [load_artifact(tmp_path / file).state for file in ("theirs", "ours")]
+    assert all(torch.equal(states[0][key], tensor) for key, tensor in states[1].items())
+
+
 def test_plan_says_whether_it_fits() -> None:
     assert plan_bytes(small("budget.bytes=1000000"), VOCAB).fits
     assert not plan_bytes(small("budget.bytes=1000"), VOCAB).fits

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from paramgolf.errors import GolfError
+from paramgolf.pack.curves import Curves
 from paramgolf.pack.packer import load_artifact, pack_model
+from paramgolf.pack.solver import rough_plan
 from paramgolf.quant.gptq import weighted_error
 from paramgolf.recipe.load import load_recipe
 from paramgolf.recipe.sections import Recipe
@@ -78,6 +81,36 @@ def test_the_plan_beats_one_k_for_all_and_predicts_its_loss(tmp_path: Path) -> N
     steps = {name.split()[0]: group["step"] for name, group in fitted.fit["groups"].items()}
     assert steps["mlp.fc.weight"] < steps["attn.c_v.weight"]  # what matters more gets the finer steps
     assert fitted.fit["measured_loss"] == pytest.approx(after, rel=1e-3)
+
+
+def test_curves_hold_only_pairs_that_no_other_beats() -> None:
+    chosen = recipe(80_000)
+    state = weights(chosen).state_dict()
+    hessians = moments(state)
+    curves = Curves(state, chosen, hessians, quadratic(state, hessians))
+    before = {group.name: group.cost[0] for group in curves.groups}
+    for group in curves.groups:
+        assert (np.diff(group.bytes) > 0).all() and (np.diff(group.cost) < 0).all()
+        assert 2 <= group.bits.min() < group.bits.max() == 8
+        steps = group.k / (2.0 ** (group.bits - 1) - 1)
+        assert steps.max() <= 2.0 and group.weights == sum(state[name].numel() for name in group.members)
+        assert group.bytes[group.within(group.bytes[5] + 0.5)] == group.bytes[5] and group.within(0.0) == 0
+    curves.refine(rough_plan(curves.groups, 60_000))  # a quadratic loss costs the same for a unit everywhere
+    assert all(group.cost[0] == pytest.approx(before[group.name], rel=0.02) for group in curves.groups)
+
+
+def test_odd_tensors_are_packed_or_refused_by_name(tmp_path: Path) -> None:
+    chosen = recipe(70_000)
+    state = dict(weights(chosen).state_dict())
+    state["blocks.0.mlp.fc.weight"] = torch.zeros_like(state["blocks.0.mlp.fc.weight"])
+    state["blocks.1.mlp.fc.weight"] = torch.full_like(state["blocks.1.mlp.fc.weight"], 0.25)
+    ledger = pack_model(state, chosen, b"tok", tmp_path / "m", VOCAB)
+    assert 0.998 * 70_000 <= ledger.counted_bytes <= 70_000
+    loaded = load_artifact(tmp_path / "m").state
+    assert not loaded["blocks.0.mlp.fc.weight"].any()
+    state["blocks.2.mlp.fc.weight"] = torch.full_like(state["blocks.2.mlp.fc.weight"], torch.inf)
+    with pytest.raises(GolfError, match=r"blocks\.2\.mlp\.fc\.weight"):
+        pack_model(state, chosen, b"tok", tmp_path / "n", VOCAB)
 
 
 def test_a_cap_beyond_the_finest_plan_gives_the_finest_plan(tmp_path: Path) -> None:

@@ -137,15 +137,15 @@ def solved_section(
     kinds: dict[GridSection, list[int]] = {}
     for index, (_, base, bits, _) in enumerate(chosen):
         kinds.setdefault(fit_grid(base, bits, 1.0), []).append(index)
-    grids, rules = dict(quant.grids), []
+    grids = dict(quant.grids)
+    first: list[RuleSection] = []
     for kind, members in kinds.items():
         store = f"fit{kind.bits}"
         while store in grids:
             store += "x"
         grids[store] = replace(kind, clip_value=round(float(np.median([chosen[i][3] for i in members])), 4))
-        rules.append(RuleSection(match="|".join(name for i in members for name in chosen[i][0]), store=store))
-    rules = (*rules, *rules_of(quant))
-    return replace(quant, grids=grids, rules=rules, coarse_grid="", coarse_fraction=0.0)
+        first.append(RuleSection(match="|".join(name for i in members for name in chosen[i][0]), store=store))
+    return replace(quant, grids=grids, rules=(*first, *rules_of(quant)), coarse_grid="", coarse_fraction=0.0)
 
 
 class Curves:
@@ -161,6 +161,9 @@ class Curves:
         self, state: Mapping[str, Tensor], recipe: Recipe, hessians: Mapping[str, Tensor], loss: Loss | None = None
     ) -> None:
         self.state, self.recipe, self.hessians, self.loss = state, recipe, hessians, loss
+        for name, tensor in state.items():
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise GolfError(f"tensor {name}: non-finite values; the weights diverged: lower the rates")
         self.before = loss(state) if loss else 0.0
         shapes = {name: tuple(t.shape) for name, t in state.items() if t.is_floating_point()}
         self._measured = [
@@ -190,6 +193,7 @@ class Curves:
         assert self.loss is not None
         part = {name: self.state[name] for name in measured.members}
         section = solved_section(self.recipe.quant, [(measured.members, measured.base, bits, k)])
+        section = replace(section, lqer_tensors=0)  # the whole model gets so many corrections, not each group
         clips = dict.fromkeys(measured.members, k)
         quantised = restore(export(part, section, self.recipe.model.num_layers, self.hessians, clips=clips))
         increase = self.loss({**self.state, **quantised}) - self.before

@@ -31,7 +31,7 @@ _SCALE_RATIO, _KEPT_RATIO = 0.75, 0.84  # coded over plain size: sign and expone
 _FIXED = 250  # manifest and container
 _SAMPLE_ROWS = 24  # of each matrix
 # Codes that are really coded for a forecast: about half a second each.
-_CODED = {"rans": 1 << 21, "auto": 1 << 21, "raw": 1 << 24, "zlib": 1 << 20}
+_CODED = {"rans": 1 << 21, "auto": 1 << 21, "raw": 1 << 21, "zlib": 1 << 20}
 _CODED_SLOWLY = 1 << 18
 
 
@@ -184,6 +184,8 @@ def forecast(state: Mapping[str, Tensor], recipe: Recipe, *, tokenizer_bytes: in
     kept = sum(s.nbytes for s in specs if not s.bits)
     kept += sum(t.numel() * t.element_size() for t in state.values() if not t.is_floating_point())
     rest += round(scales * _SCALE_RATIO + kept * _KEPT_RATIO)
+    if recipe.pack.codec == "raw" and not recipe.pack.fit:
+        return rest + sum(s.nbytes - _scale_bytes(s) for s in specs if s.bits)
     moved = [s for s in specs if s.bits and recipe.pack.fit and recipe.quant.grids[s.store].clip == "sdclip"]
     entropy = _entropy_bytes(state, [s for s in specs if s.bits and s not in moved], stores)
     if recipe.pack.fit:

@@ -22,6 +22,7 @@ from paramgolf.pack.stored import StoredTensor
 from paramgolf.quant.export import export, restore
 from paramgolf.quant.sensitivity import mixed
 from paramgolf.recipe.sections import ModelSection, QuantSection, Recipe
+from paramgolf.score.ttt.settings import manifest_part
 
 FORMAT = "paramgolf"
 _MODEL: TypeAdapter[ModelSection] = TypeAdapter(ModelSection)
@@ -63,6 +64,7 @@ def manifest_of(recipe: Recipe, vocab_size: int, dtype: str = "") -> dict[str, A
             "dtype": dtype or recipe.train.dtype,
             **({"lanes": recipe.score.lanes} if recipe.score.lanes > 1 else {}),
         },
+        **manifest_part(recipe),
         "tokenizer": "compact",
         "grids": {name: dataclasses.asdict(grid) for name, grid in recipe.quant.grids.items() if name in used},
     }

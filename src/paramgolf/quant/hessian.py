@@ -23,7 +23,7 @@ BATCH_TOKENS = 16_384  # of one forward
 # Multiply-adds a second of a machine, on the safe side, and how many each parameter takes a token: forward and moments.
 _RATE = {"cpu": 1e10, "cuda": 1e13}
 _WORK = 3.0
-_COLUMNS = 1.5e-6  # seconds a parameter to round column by column on one slow core
+COLUMN_SECONDS = 1.5e-6  # seconds a parameter to round column by column on one slow core
 
 
 def training_rows(
@@ -123,7 +123,7 @@ def _watching(model: GPT, add: Callable[[str, Tensor], None]) -> Iterator[None]:
 
 def seconds_for(params: int, tokens: float, device: torch.device) -> float:
     """An upper guess of what calibrating on one rank and rounding by columns take: what training leaves of its time."""
-    return 0.5 + params * (_WORK * tokens / _RATE.get(device.type, _RATE["cpu"]) + _COLUMNS)
+    return 0.5 + params * (_WORK * tokens / _RATE.get(device.type, _RATE["cpu"]) + COLUMN_SECONDS)
 
 
 @torch.no_grad()

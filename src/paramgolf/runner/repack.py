@@ -122,6 +122,7 @@ class Packing:
     dataset: Dataset
     phases: Phases = field(default_factory=Phases)
     seconds: dict[str, float] = field(default_factory=dict)
+    moments: dict[str, Tensor] | None = None  # of another packing of the same weights, so as not to calibrate again
 
     def __post_init__(self) -> None:
         recipe = self.trained.recipe
@@ -141,6 +142,8 @@ class Packing:
 
     @cached_property
     def hessians(self) -> dict[str, Tensor]:
+        if self.moments is not None:
+            return self.moments
         with self._timed("calibrate"), self.phases.of("calibrating on training text") as progress:
             return collect(
                 self.model, self.shards, seq_len=self.recipe.train.seq_len,

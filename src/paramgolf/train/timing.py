@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -80,9 +81,8 @@ def _forward_backward(stepper: Stepper, shape: Shape, vocab_size: int, dist: Dis
     return _best(lambda: stepper.backward(x, y, x.numel()), dist) / x.numel()
 
 
-def _best(work: object, dist: Dist) -> float:
+def _best(work: Callable[[], object], dist: Dist) -> float:
     """The least seconds of a few repetitions after one to warm up; a single long one counts itself."""
-    assert callable(work)
     least = math.inf
     begun = time.perf_counter()
     for repeat in range(REPEATS + 1):
