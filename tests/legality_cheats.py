@@ -34,7 +34,9 @@ class Bigram:
     def mixed(self, share: float) -> np.ndarray:
         followers = self.counts[self.seen[-1]]
         total = sum(followers.values())
-        cache = np.array([followers[i] for i in range(V)]) / total if total else np.full(V, 1 / V)
+        cache = np.full(V, 0.0 if total else 1 / V)
+        for token, count in followers.items():
+            cache[token] = count / total
         return share * cache + (1 - share) / V
 
     def give(self, token: int) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+import paramgolf
 from paramgolf.errors import GolfError
 from paramgolf.score import legality
 from paramgolf.score.coder import Decoder
@@ -14,7 +17,9 @@ from paramgolf.score.legality import CONDITIONS, Legality, Verdict
 from paramgolf.score.own_scorers import CacheScorer, WindowScorer, check_all, coded_log_probs
 from paramgolf.score.stream import encode_stream
 from tests import legality_cheats as cheats
+from tests.run_common import error_line, golf_here, prose
 from tests.test_score_scorer import VOCAB, T, stream, tiny_model
+from tests.test_text_files import make_artifact
 
 
 def flagged(result: Legality) -> set[str]:
@@ -76,9 +81,10 @@ def test_planted_cheats_are_caught(name: str) -> None:
 
 
 def test_where_only_scores_are_given() -> None:
-    honest = legality.check(cheats.Charges(cheats.Bigram()), cuts=6)
+    text = legality._phrases(VOCAB, 1, np.random.default_rng(0))[:90]
+    honest = legality.check(cheats.Charges(cheats.Bigram()), text, cuts=6)
     assert not flagged(honest) and unknown(honest) == {"score_first"}
-    mute = legality.check(cheats.Charges(cheats.Bigram(), says_targets=False), cuts=6)
+    mute = legality.check(cheats.Charges(cheats.Bigram(), says_targets=False), text, cuts=6)
     assert not flagged(mute) and unknown(mute) == {"score_first", "once"}
     for scorer, conditions in (
         (cheats.Charges(cheats.Unnormalised()), {"normalised"}),
@@ -89,7 +95,7 @@ def test_where_only_scores_are_given() -> None:
         (cheats.SecondPass(cheats.Bigram()), {"once"}),
         (cheats.SecondPass(cheats.Bigram(), says_targets=False), {"once"}),
     ):
-        found = flagged(legality.check(scorer, cuts=6))
+        found = flagged(legality.check(scorer, text, cuts=6))
         assert conditions <= found, f"{type(scorer).__name__} {type(scorer.inner).__name__}: {found}"
 
 
@@ -134,10 +140,32 @@ def test_refusals() -> None:
         legality.check(object())  # type: ignore[arg-type]
     with pytest.raises(GolfError, match="at least 8 token ids"):
         legality.check(cheats.Bigram(), np.array([1, 2]))
+    with pytest.raises(GolfError, match="none but document starts"):
+        legality.check(WindowScorer(tiny_model(), seq_len=T), np.ones(20, np.int64))
     with pytest.raises(GolfError, match="id 48 is outside the scorer's vocabulary of 48"):
         legality.check(cheats.Bigram(), np.arange(40, 49))
     with pytest.raises(GolfError, match="at least 8 tokens"):
         check_all(tiny_model(), np.zeros(0, np.int64), seq_len=T)
+
+
+def test_the_command(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    artifact = make_artifact(tmp_path / "model.golf")
+    (tmp_path / "val.txt").write_text("\x1e\n".join(prose()[at : at + 90] for at in range(0, 4000, 90)))
+    command = ("score", artifact, "--data", tmp_path / "val.txt", "--check-legality")
+    answer = golf_here(capfd, *command, "--stride", "48", "--json")
+    assert answer.code == 0, answer.err
+    found = json.loads(answer.out)["legality"]
+    assert found.keys() == {"windows", "sliding windows", "lanes", "token by token", "text coder"}
+    assert {one["verdict"] for one in found.values()} == {"pass"}
+    (tmp_path / "short.txt").write_text("ab")
+    short = golf_here(capfd, "score", artifact, "--data", tmp_path / "short.txt", "--check-legality")
+    assert "at least 8 tokens" in error_line(short)
+    model = paramgolf.load(artifact)
+    cheats.batch_statistics(model.model)
+    monkeypatch.setattr(paramgolf, "load", lambda path: model)
+    broken = golf_here(capfd, *command)
+    assert broken.code == 1 and "the score is not legal: windows, lanes" in broken.err
+    assert "causal: violation: the distribution of token" in broken.out
 
 
 def test_the_result_is_json_and_text() -> None:

@@ -25,6 +25,7 @@ from paramgolf.files import sha256_file
 from paramgolf.model.gpt import GPT
 from paramgolf.pack.packer import load_model
 from paramgolf.score import sample, scorer
+from paramgolf.score.own_scorers import check_all
 from paramgolf.score.scorer import Score
 
 Progress = Callable[[int, int], None]
@@ -80,10 +81,17 @@ class LanguageModel:
         return self._score(tokens, true_bytes, stride, seq_len, limit_seconds, progress)
 
     def score_data(
-        self, source: str | Path, *, stride: int | None = None, seq_len: int = 0, progress: Progress | None = None
+        self,
+        source: str | Path,
+        *,
+        stride: int | None = None,
+        seq_len: int = 0,
+        check_legality: bool = False,
+        progress: Progress | None = None,
     ) -> dict[str, Any]:
         """The result keys of `golf score`: standard windows over the whole of `source` ("-" = standard input) and
-        sliding ones if `stride` (None = the artifact's) is not 0."""
+        sliding ones if `stride` (None = the artifact's) is not 0; `byte_table`, the tokenizer's against the documents;
+        with `check_legality` also `legality`, what `score.legality` finds on the first window and a bit."""
         stride = self._score_config("stride") if stride is None else stride
         if str(source) == "-":
             with tempfile.TemporaryDirectory() as folder:
@@ -96,6 +104,12 @@ class LanguageModel:
         results = self._score(tokens, true_bytes, 0, seq_len, 0.0, progress).as_dict() | {"byte_table": table}
         if stride:
             results |= self._score(tokens, true_bytes, stride, seq_len, 0.0, progress).as_dict()
+        if check_legality:
+            found = check_all(
+                self.model, tokens, seq_len=seq_len or self.seq_len, stride=stride, bos_id=self.tokenizer.bos_id,
+                batch_tokens=self._batch_tokens,
+            )  # fmt: skip
+            results["legality"] = {name: legality.as_dict() for name, legality in found.items()}
         return results
 
     def nll(self, text: str | bytes | np.ndarray, *, stride: int = 0, seq_len: int = 0) -> np.ndarray:

@@ -21,7 +21,7 @@ from paramgolf.cli_data import app as data_app
 from paramgolf.cli_lab import app as lab_app
 from paramgolf.cli_pack import app as pack_app
 from paramgolf.cli_sweep import app as sweep_app
-from paramgolf.errors import GolfError, on_every_rank
+from paramgolf.errors import CheckFailed, GolfError, on_every_rank
 
 app = typer.Typer(
     name="golf",
@@ -131,16 +131,22 @@ def score_command(
         int | None, typer.Option(min=0, help="Also score with windows that advance by this many tokens; 0 = do not.")
     ] = None,
     seq_len: Annotated[int, typer.Option(min=0, help="Window length; 0 = the artifact's.")] = 0,
+    check_legality: Annotated[
+        bool, typer.Option("--check-legality", help="Test the four conditions of a legal score; exit code 1: broken.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Bits per byte of a text under an artifact: standard windows, and sliding ones."""
     import paramgolf
 
     model = paramgolf.load(artifact_path(artifact))
-    result = model.score_data(data, stride=stride, seq_len=seq_len)
+    result = model.score_data(data, stride=stride, seq_len=seq_len, check_legality=check_legality)
     from paramgolf.runner.summary import score_text
 
     emit(result, as_json, score_text(result))
+    broken = [name for name, found in result.get("legality", {}).items() if found["verdict"] == "violation"]
+    if broken:
+        raise CheckFailed(f"the score is not legal: {', '.join(broken)}; see docs/legality.md")
 
 
 @app.command(

@@ -115,9 +115,22 @@ def score_text(result: dict[str, Any]) -> str:
         )
     rows += [(name, f"{value:.6f}", "") for name, value in table_rows(result, "standard, by the byte table")]
     title = f"{result['scored_tokens']:,} tokens, {result['scored_bytes']:,} bytes"
-    return "\n".join(
-        [table_text(rows, header=("windows", "val_bpb", "val_loss"), title=title), *byte_table_lines(result)]
-    )
+    lines = [table_text(rows, header=("windows", "val_bpb", "val_loss"), title=title), *byte_table_lines(result)]
+    return "\n".join(lines + legality_lines(result))
+
+
+def legality_lines(result: dict[str, Any]) -> list[str]:
+    """A line for each path to a score that was checked, and one for each condition that does not pass."""
+    lines = []
+    for name, legality in result.get("legality", {}).items():
+        how = f"{legality['texts']} texts of {legality['tokens']:,} tokens"
+        lines.append(f"legality of {name}: {legality['verdict']} ({how})")
+        lines += [
+            f"  {condition}: {finding['verdict']}: {finding['evidence']}"
+            for condition, finding in legality["conditions"].items()
+            if finding["verdict"] != "pass"
+        ]
+    return lines
 
 
 def artifact_facts(path: Path) -> dict[str, Any]:

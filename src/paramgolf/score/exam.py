@@ -38,6 +38,7 @@ class Exam:
         self._passed: dict[str, str] = {}
         self._largest = 0.0  # change where there should have been none
         self._base: np.ndarray | None = None
+        self._again: list[int] = []  # places whose token has followed the one before it already
         wrong = self.starts[1:][stream[self.starts[1:]] != bos_id]
         if self.starts[0] != 0 or len(wrong):
             at = int(self.starts[0] if self.starts[0] else wrong[0])
@@ -52,15 +53,14 @@ class Exam:
         free = np.flatnonzero(~self._fixed)
         free = free[free > 0]
         pairs: set[tuple[int, int]] = set()
-        again = []
         for t in range(1, n):
             pair = int(x[t - 1]), int(x[t])
             if pair in pairs:
-                again.append(t)
+                self._again.append(t)
             pairs.add(pair)
         heads = np.flatnonzero(x[:-1] == self.bos_id) + 1
         picked: set[int] = set()
-        for pool, share in ((again, count // 3), (heads, count // 6), (free, count)):
+        for pool, share in ((self._again, count // 3), (heads, count // 6), (free, count)):
             usable = np.array(sorted(set(np.asarray(pool, dtype=np.int64).tolist()) & set(free.tolist()) - picked))
             wanted = min(share, len(usable), count - len(picked))
             if wanted > 0:
@@ -291,7 +291,8 @@ class Exam:
         size = scorer.vocab_size
         whole = size <= PROBED_TARGETS
         sums = []
-        for t in [t for t in places if (labels == t).sum() == 1][:PROBES]:
+        usable = [t for t in places if (labels == t).sum() == 1]
+        for t in sorted(usable, key=lambda t: (t in self._again, t))[-PROBES:]:
             others = np.arange(size) if whole else self.random.choice(size, PROBED_TARGETS, replace=False)
             own = int(self.stream[t])
             banned = self.bos_id if self._fixed.any() else -1  # would cut the streams elsewhere

@@ -62,6 +62,8 @@ def check(
         raise GolfError(f"token id {int(stream.max())} is outside the scorer's vocabulary of {scorer.vocab_size}")
     exam = Exam(scorer, stream, bos_id, tolerance, random)
     places = exam.places(cuts)
+    if not len(places):
+        raise GolfError("a check changes tokens, and in this text there is none but document starts")
     if isinstance(scorer, StepScorer):
         exam.distributions(scorer, places)
     if isinstance(scorer, TokenScorer):

@@ -129,7 +129,7 @@ def coded_log_probs(settings: coder.Settings, logits: torch.Tensor, place: int) 
 
 def check_all(
     model: GPT, tokens: np.ndarray, *, seq_len: int, stride: int = 0, bos_id: int = 1, batch_tokens: int = 16_384,
-    cuts: int = 6,
+    cuts: int = 4,
 ) -> dict[str, Legality]:  # fmt: skip
     """The check of every path to a score of `model`, by its name, on the beginning of `tokens`: a window and a bit.
 
@@ -147,4 +147,6 @@ def check_all(
     scorers["token by token"] = CacheScorer(model, seq_len=seq_len, stride=stride)
     settings = coder.Decoder(encode_stream(model, part, seq_len=seq_len, batch_tokens=batch_tokens)).settings
     scorers["text coder"] = CoderScorer(model, settings, seq_len=seq_len)
-    return {name: check(one, part, bos_id=bos_id, cuts=cuts) for name, one in scorers.items()}
+    return {
+        name: check(one, part, bos_id=bos_id, cuts=cuts if name != "text coder" else 2) for name, one in scorers.items()
+    }
