@@ -130,6 +130,8 @@ def test_ledger_sums_to_the_file_and_names_groups(tmp_path: Path) -> None:
         ("blocks.0.mlp.proj.weight", "mlp.down"),
         ("blocks.0.attn.q_gain", "control"),
         ("bigram.embed.weight", "parts"),
+        ("blocks.3.mlp.fc.weight.lqer_a", "corrections"),
+        ("tok_emb.weight.awq_64", "corrections"),
     ],
 )
 def test_groups(name: str, group: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paramgolf.errors import GolfError
-from paramgolf.pack.container import Artifact, decode_artifact, encode_artifact
+from paramgolf.model.gpt import GPT
+from paramgolf.pack.container import Artifact, decode_artifact, encode_artifact, read_artifact
+from paramgolf.pack.packer import load_model, pack_model
 from paramgolf.pack.stored import StoredTensor
 from paramgolf.quant import gptq, lqer, weighted
 from paramgolf.quant.export import export, payload_bytes, restore
@@ -19,6 +22,7 @@ from paramgolf.quant.gptq import weighted_error
 from paramgolf.quant.grid import Grid, round_to_float16
 from paramgolf.quant.registry import QUANTIZERS, calibrated
 from paramgolf.quant.sensitivity import mixed
+from paramgolf.recipe.load import load_recipe
 from paramgolf.recipe.sections import GridSection, QuantSection, RuleSection
 
 INT6 = GridSection(bits=6, clip="sdclip", clip_value=12.85)
@@ -336,3 +340,26 @@ def test_every_quantiser_keeps_to_its_grid() -> None:
             assert scale.dtype == torch.float16 and scale.shape == (len(weight),)
             assert int(codes.min()) >= grid.qmin and int(codes.max()) <= grid.qmax
     assert gptq.quantize in [QUANTIZERS[name] for name in QUANTIZERS]
+
+
+def test_a_model_with_everything_on_goes_into_a_file_and_comes_out_ready(tmp_path: Path) -> None:
+    """Mixed bits, GPTQ with weighted clips, coarse scales, salient columns and corrections, by recipe keys alone."""
+    sizes = ["model.dim=96", "model.num_layers=2", "model.num_heads=4", "model.num_kv_heads=2", "model.mlp_hidden=192"]
+    keys = [
+        "quant.method=gptq", "quant.coarse_grid=int4", "quant.coarse_fraction=0.3", "quant.awq_columns=32",
+        "quant.lqer_tensors=2", "quant.grids.int4.bits=4", "quant.grids.int4.clip=mse", "quant.grids.int6.scale_bits=5",
+        "quant.grids.int6.row_weight=0.175", "quant.grids.int6.clip=sdclip", "quant.grids.int6.clip_value=12.0",
+    ]  # fmt: skip
+    recipe = load_recipe("pocket", [*sizes, *keys, "budget.bytes=0", "pack.fit=false", "model.parts={}"])
+    model = GPT(recipe.model, 300)
+    draw = torch.Generator().manual_seed(5)
+    state = {name: torch.randn(t.shape, generator=draw) * 0.1 for name, t in model.state_dict().items()}
+    inputs = {name: torch.randn(400, t.shape[1], generator=draw) for name, t in state.items() if t.ndim == 2}
+    hessians = {name: x.t() @ x / 400 for name, x in inputs.items() if "scale" not in name and "mix" not in name}
+    ledger = pack_model(state, recipe, b"tok", tmp_path / "m.golf", 300, hessians=hessians)
+    assert ledger.groups["corrections"] > 0 and sum(ledger.groups.values()) == (tmp_path / "m.golf").stat().st_size
+    loaded = load_model(tmp_path / "m.golf").model.state_dict()
+    expected = restore(export(state, recipe.quant, 2, hessians))
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
+    stores = {row[2] for row in read_artifact(tmp_path / "m.golf").manifest["tensors"]}
+    assert {"int4", "int6", "lqer_a", "lqer_b", "awq"} <= stores

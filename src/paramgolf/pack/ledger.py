@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,11 +24,17 @@ _GROUPS = {
     "mlp.proj.weight": "mlp.down",
 }
 
+_CORRECTION = re.compile(r"\.(lqer_[ab]|awq_\d+)$")  # tensors that export adds to a matrix
+
 
 def group_of(name: str) -> str:
     """The ledger's group of a tensor; whatever is not of the plain transformer belongs to `parts`."""
     known = _GROUPS.get(role(name))
-    return known or ("control" if is_control(name) else "parts")
+    if known:
+        return known
+    if _CORRECTION.search(name):
+        return "corrections"
+    return "control" if is_control(name) else "parts"
 
 
 @dataclass(frozen=True)
