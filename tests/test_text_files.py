@@ -99,7 +99,8 @@ def test_lanes(content: Content, model: TextModel) -> None:
     raw = (b"" if content is Content.FILE else b"\x1e\n").join(pieces)
     lanes = [model.tokenizer.encode_documents([piece]) for piece in pieces]
     starts = tuple(int(s) for s in np.cumsum([0, *map(len, lanes)])[:-1])
-    payload, patched = encode_lanes(raw, header, model, np.concatenate(lanes), starts)
+    joined = tuple(i == 0 for i in range(len(lanes)))  # before the others stands a separator
+    payload, patched = encode_lanes(raw, header, model, np.concatenate(lanes), starts, joined)
     assert not patched
     crc = zlib.crc32(raw)
     assert decode_frame(Frame(Kind.MODEL, len(raw), crc, payload), header, model) == raw
@@ -147,6 +148,7 @@ def test_another_model(model: TextModel, tmp_path: Path) -> None:
 
 def test_worker_processes(model: TextModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("paramgolf.text.stream.BLOCK", 600)
+    monkeypatch.setattr("paramgolf.text.stream.WORTH_A_PROCESS", 100)
     raw = prose()[:1800].encode()
     data = packed(raw, model, workers=2)
     assert data == packed(raw, model)

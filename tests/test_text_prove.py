@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import sentencepiece
 
 from paramgolf.data.shards import write_shard
+from paramgolf.data.sources import SEPARATOR
+from paramgolf.data.tokenizer import Tokenizer
 from paramgolf.errors import CheckFailed, GolfError
+from paramgolf.model.gpt import GPT
+from paramgolf.pack.packer import pack_model
+from paramgolf.recipe.load import load_recipe
 from paramgolf.runner.folder import RunFolder
+from paramgolf.runner.proof import proof_text
 from paramgolf.runner.record import SEAL, seal, write_record
+from paramgolf.score.scorer import score
+from paramgolf.text import pieces as cut
 from paramgolf.text.blocks import TextModel
-from paramgolf.text.prove import _compare, _decode_elsewhere, _prefix, prove
+from paramgolf.text.format import Content
+from paramgolf.text.peers import compress_peers
+from paramgolf.text.prove import compare, decode_elsewhere, prove
+from paramgolf.text.replay import DocumentHashes
 from tests.run_common import error_line, golf_here, prose
-from tests.test_text_files import make_artifact
+from tests.test_text_files import SIZES, make_artifact
+
+DOCUMENTS = [prose()[at : at + 900].encode() for at in range(0, 18_000, 900)]
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +44,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "val.txt"
-    path.write_text("\x1e\n".join(prose()[at : at + 900] for at in range(0, 18_000, 900)))
+    path.write_bytes(SEPARATOR.join(DOCUMENTS))
     return path
 
 
@@ -34,50 +52,152 @@ def proved(artifact: Path, source: Path, **settings: Any) -> dict[str, Any]:
     return prove(artifact, str(source), say=lambda line: None, **settings)
 
 
-def test_documents(artifact: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("paramgolf.text.prove.LANE_TOKENS", 500)
-    monkeypatch.setattr("paramgolf.text.prove.MAX_LANES", 4)
-    proof = proved(artifact, text)
-    assert proof["documents"] == 20 and proof["lanes"] > 8 and proof["text_bytes"] == 18_000
-    assert proof["proved_bpb"] == 8 * proof["file_bytes"] / 18_000
+def scored(artifact: Path, tokens: np.ndarray, size: int, **settings: Any) -> float:
+    """val_bpb by the scorer itself, over the whole stream at once."""
+    model = TextModel(artifact, device="cpu")
+    return score(
+        model.model, tokens, token_bytes=model.tokenizer.token_bytes, true_bytes=size, seq_len=model.seq_len,
+        bos_id=model.tokenizer.bos_id, **settings,
+    ).val_bpb  # fmt: skip
+
+
+def test_the_scorers_own_lanes_and_windows(artifact: Path, text: Path, tmp_path: Path) -> None:
+    proof = proved(artifact, text, lanes=3, stride=32, out=tmp_path / "proof.gtx")
+    assert proof["documents"] == 20 and proof["lanes"] == 3 and proof["text_bytes"] == 18_000
+    tokens = TextModel(artifact, device="cpu").tokenizer.encode_documents(DOCUMENTS)
+    assert proof["val_bpb_same_windows"] == pytest.approx(scored(artifact, tokens, 18_000, lane_count=3, stride=32))
+    assert proof["proved_bpb"] == 8 * (tmp_path / "proof.gtx").stat().st_size / 18_000
     assert 0 < proof["overhead"] < 0.04  # of so short a text
+    assert "20 documents" in proof_text(proof) and "xz -9e" in proof_text(proof)
+    with pytest.raises(GolfError, match="exists"):
+        proved(artifact, text, out=tmp_path / "proof.gtx")
 
 
-def test_a_prefix_with_a_stride_recorded_in_the_run(
+def test_the_kept_file_is_the_text(
+    artifact: Path, text: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several frames, lanes that begin inside documents; what anybody can decode."""
+    monkeypatch.setattr(cut, "FRAME_BYTES", 8000)
+    monkeypatch.setattr(cut, "LEAST_LANE", 1000)
+    monkeypatch.setattr(cut, "MAX_LANES", 2)
+    long = tmp_path / "long.txt"
+    long.write_bytes(SEPARATOR.join([DOCUMENTS[0], b"".join(DOCUMENTS[1:19]), DOCUMENTS[19]]))
+    for lanes, least, most in (0, 12, 20), (3, 3, 3):
+        kept = tmp_path / f"{lanes}.gtx"
+        proof = proved(artifact, long, lanes=lanes, out=kept)
+        assert proof["documents"] == 3 and least <= proof["lanes"] <= most
+        back = tmp_path / f"{lanes}.txt"
+        assert golf_here(capfd, "decompress", kept, "-m", artifact, "-o", back, "--workers", "1").code == 0
+        assert back.read_bytes() == long.read_bytes()
+
+
+def test_a_prefix_recorded_in_the_run(
     artifact: Path, text: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     folder = RunFolder(tmp_path)
     folder.artifact.write_bytes(artifact.read_bytes())
     record = write_record(folder, {"sha256": {"artifact": TextModel(artifact).sha256}, "val_bpb": 3.0})
-    shown = golf_here(capfd, "prove", tmp_path, "--data", text, "--limit", "2000", "--stride", "32", "--json")
+    shown = golf_here(capfd, "prove", tmp_path, "--data", text, "--limit", "2000", "--json")
     assert shown.code == 0, shown.err
     proof = json.loads(shown.out)
-    assert proof["text_bytes"] == 2000 and proof["documents"] == 3 and proof["stride"] == 32
+    assert proof["text_bytes"] == 2000 and proof["documents"] == 3
     after = folder.read_record()
-    assert after is not None and after["proof"] == proof and after["val_bpb"] == record["val_bpb"]
-    assert seal(after)[SEAL] == after[SEAL]
+    assert after is not None and after["proof"] == proof | {"validation": False} and after["val_bpb"] == 3.0
+    assert after["proved_bpb"] == proof["proved_bpb"] and seal(after)[SEAL] == after[SEAL] != record[SEAL]
     folder.record.write_text(json.dumps(after | {"val_bpb": 1.0}))
     assert "seal" in error_line(golf_here(capfd, "prove", tmp_path, "--data", text, "--limit", "300"))
 
 
 def test_shards_are_proved_as_tokens(artifact: Path, text: Path, tmp_path: Path) -> None:
-    tokens = TextModel(artifact).tokenizer.encode_documents([d.encode() for d in text.read_text().split("\x1e\n")[:4]])
-    write_shard(tmp_path / "fineweb_val_000000.bin", tokens)
-    proof = proved(artifact, tmp_path / "fineweb_val_000000.bin")
+    tokens = TextModel(artifact).tokenizer.encode_documents(DOCUMENTS[:4])
+    shard = tmp_path / "fineweb_val_000000.bin"
+    write_shard(shard, tokens)
+    proof = proved(artifact, shard, lanes=2)
     assert proof["content"] == "tokens" and proof["bytes_from"] == "table" and proof["documents"] is None
+    assert proof["lanes"] == 2 and proof["text_bytes"] == 3600 and "peers" not in proof
+    assert "a token stream" in proof_text(proof) and "table" in proof_text(proof)
+    assert proved(artifact, shard, limit=1000)["text_bytes"] in range(980, 1001)
 
 
-def test_what_is_no_proof(artifact: Path) -> None:
+def test_what_a_lossy_tokenizer_changes_counts(tmp_path: Path) -> None:
+    """SentencePiece's own normalisation: full-width letters, double blanks and line ends do not survive it."""
+    plain = ["the cat sat on the mat", "a dog ran after it", "and all of them went home", "at the end of the day"]
+    made = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(plain * 20), model_writer=made, model_type="bpe", vocab_size=300, byte_fallback=True,
+        normalization_rule_name="nmt_nfkc", minloglevel=2,
+    )  # fmt: skip
+    tokenizer = Tokenizer(made.getvalue())
+    assert not tokenizer.reversible
+    recipe = load_recipe("pocket", [*SIZES, "train.seq_len=64", "score.seq_len=64", "budget.bytes=0"])
+    model = GPT(recipe.model, tokenizer.vocab_size)
+    model.init_weights(1)
+    path = tmp_path / "model.golf"
+    pack_model(model.state_dict(), recipe, tokenizer.compact(), path, tokenizer.vocab_size)
+    documents = [("  ".join(plain) + "\n\uff26\uff55\uff4c\uff4c \u2460 \ufb01n\n").encode() * 3, b" ", b"the end"]
+    file = tmp_path / "val.txt"
+    file.write_bytes(SEPARATOR.join(documents))
+    proof = proved(path, file)
+    assert proof["documents"] == 3 and proof["patched_frames"] == 1
+    assert proof["text_bytes"] == sum(map(len, documents))
+    assert proof["overhead"] > 0.02  # the residual
+    file.write_bytes(b" ")
+    with pytest.raises(GolfError, match="nothing to prove"):
+        proved(path, file)
+
+
+def test_what_is_no_proof(artifact: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.gtx"
+    bad.write_bytes(b"\x89GTX nothing of the kind")
     with pytest.raises(CheckFailed, match="could not be decoded"):
-        _decode_elsewhere(artifact, b"\x89GTX nothing of the kind")
-    with pytest.raises(CheckFailed, match="number 1"):
-        _compare(["a", "b"], ["a", "c"])
+        decode_elsewhere(artifact, bad, tmp_path)
+    one, other = tmp_path / "one", tmp_path / "other"
+    one.write_bytes(bytes(64))
+    other.write_bytes(bytes(33) + b"x" * 31)
+    with pytest.raises(CheckFailed, match="1 documents came back changed, the first is number 1"):
+        compare(one, other)
+    other.write_bytes(bytes(32))
     with pytest.raises(CheckFailed, match="2 documents went in, 1 came"):
-        _compare(["a", "b"], ["a"])
-    with pytest.raises(GolfError, match="twice"):
-        prove(artifact, "-", say=lambda line: None)
+        compare(one, other)
+    empty = tmp_path / "empty.txt"
+    empty.write_bytes(b"")
+    with pytest.raises(GolfError, match="nothing to prove"):
+        proved(artifact, empty)
 
 
 def test_a_prefix_does_not_cut_characters() -> None:
-    assert _prefix(["aé".encode(), b"bb"], 2) == [b"a"]
-    assert _prefix([b"aa", b"bbbb"], 4) == [b"aa", b"bb"]
+    assert [p.data for p in cut.parts_of(["aé".encode(), b"bb"], 2)] == [b"a"]
+    assert [p.data for p in cut.parts_of([b"aa", b"bbbb"], 4)] == [b"aa", b"bb"]
+
+
+def test_split_loses_nothing() -> None:
+    rng = np.random.default_rng(0)
+    for count in 1, 2, 7, 40:
+        parts = [cut.Part(rng.integers(0, 256, n).astype(np.uint8).tobytes(), n % 3 == 0) for n in (1, 500, 3, 90, 9)]
+        runs = cut.split(parts, count)
+        assert b"".join(p.data for run in runs for p in run) == b"".join(p.data for p in parts)
+        assert sum(not p.joined for run in runs for p in run) == sum(not p.joined for p in parts)
+        assert len(runs) <= count and all(runs)
+
+
+@pytest.mark.parametrize("step", [1, 2, 5, 100])
+def test_hashes_of_documents_do_not_depend_on_how_they_arrive(step: int) -> None:
+    documents = [b"one\x1e", b"", b"\ntwo \x1e\x1e", b"three\n"]
+    target, raw = io.BytesIO(), SEPARATOR.join(documents)
+    hashes = DocumentHashes(Content.DOCUMENTS, target)
+    for at in range(0, len(raw), step):
+        hashes.write(raw[at : at + step])
+    assert hashes.finish() == hashlib.sha256(raw).hexdigest()
+    assert target.getvalue() == b"".join(hashlib.sha256(d).digest() for d in documents)
+
+
+def test_peers_take_programs_that_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "text").write_bytes(b"peers of the text " * 40)
+    archive = 'for a in "$@"; do case "$a" in *.7z|*.zpaq) printf 12345 > "$a";; esac; done\n'
+    for name, script in {"7zz": archive, "zpaq": "exit 3\n"}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}/bin")
+    peers = compress_peers(tmp_path / "text")
+    assert peers["7z PPMd, order 16, 1 GB"] == {"bytes": 5, "bpb": 8 * 5 / 720}
+    assert set(peers) == {"xz -9e", "zstd -22", "bzip2 -9", "7z PPMd, order 16, 1 GB"}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -40,19 +42,24 @@ def compress_command(
     tolerance: Annotated[
         float, typer.Option(min=0.0, max=0.05, help="Log-odds by which the reader's arithmetic may differ.")
     ] = 1e-4,
+    stride: Annotated[
+        int, typer.Option(min=0, help="Windows that advance by so many tokens: smaller and slower; 0 = side by side.")
+    ] = 0,
     workers: Workers = 0,
 ) -> None:
     """Shrink any file with a model; FILE becomes FILE.gtx, which stands beside it."""
     jobs = _jobs(files, out, lambda path: path.with_name(path.name + SUFFIX))
     from paramgolf.text import stream
     from paramgolf.text.blocks import TextModel
+    from paramgolf.text.format import Content
 
     text_model = TextModel(_model_path(model) if model else _newest())
+    text_model.header(Content.FILE, tolerance, stride)  # refused before any work
 
     def work(_: Path | None, reader: BinaryIO, writer: BinaryIO, progress: Callable[[int], None]) -> str:
         read, written = stream.compress(
-            reader, writer, text_model, tolerance=tolerance, workers=workers or stream.default_workers(),
-            progress=progress,
+            reader, writer, text_model, tolerance=tolerance, stride=stride,
+            workers=workers or stream.default_workers(), progress=progress,
         )  # fmt: skip
         share = f" ({8 * written / read:.3f} bits per byte)" if read else ""
         return f"{read:,} bytes to {written:,}{share}"
@@ -80,54 +87,42 @@ def decompress_command(files: Files = None, model: Model = None, out: Out = None
 
 def prove_command(
     artifact: Annotated[Path, typer.Argument(help="A model.golf file, or the folder of the run that made it.")],
-    data: Annotated[str, typer.Option(help="The documents, or shards; of a folder its validation part.")],
+    data: Annotated[str, typer.Option(help="The documents, or shards; of a folder its validation part; '-' = stdin.")],
     limit: Annotated[int, typer.Option(min=0, help="Prove the first so many bytes; 0 = all.")] = 0,
     stride: Annotated[int, typer.Option(min=0, help="Windows that advance by this many tokens; 0 = standard.")] = 0,
+    lanes: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Cut the text into so many lanes at document starts; 0 = by size. Default: the artifact's."
+        ),
+    ] = None,
     tolerance: Annotated[float, typer.Option(min=0.0, max=0.05, help="As for compress.")] = 1e-4,
+    ttt: Annotated[
+        bool, typer.Option("--ttt", help="With test-time training, as the artifact says (docs/ttt.md).")
+    ] = False,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Another ttt.* value.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Keep the proved file here; `golf decompress` reads it.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
 ) -> None:
     """Code documents with the model, decode them in another process, compare: the score as the size of a file."""
-    from paramgolf.text.prove import prove
+    path = _model_path(artifact)
+    from paramgolf.runner.proof import proof_text, record_of, record_proof
+    from paramgolf.text.prove import prove, ttt_section
 
+    recorded = record_of(artifact) is not None  # or refused, before any work
+
+    def say(line: str) -> None:
+        typer.echo(line, err=True)
+
+    section = ttt_section(path, settings or []) if ttt else None
     proof = prove(
-        _model_path(artifact), data, limit=limit, stride=stride, tolerance=tolerance,
-        say=lambda line: typer.echo(line, err=True),
-    )  # fmt: skip
-    if artifact.is_dir():
-        _record_proof(artifact, proof)
-    typer.echo(json.dumps(proof, indent=2) if as_json else _proof_text(proof))
-
-
-def _record_proof(root: Path, proof: dict[str, Any]) -> None:
-    """Put the proof into the run's record, which is sealed again; a record that was changed by hand is not."""
-    from paramgolf.runner.folder import RunFolder
-    from paramgolf.runner.record import SEAL, seal, write_record
-
-    folder = RunFolder(root)
-    record = folder.read_record()
-    if record is None:
-        typer.echo(f"note: {folder.record} is not there; the proof is not recorded", err=True)
-        return
-    if seal(record)[SEAL] != record.get(SEAL) or record["sha256"]["artifact"] != proof["model_sha256"]:
-        raise GolfError(f"{folder.record} does not match its seal or its artifact; the proof is not recorded in it")
-    write_record(folder, record | {"proved_bpb": proof["proved_bpb"], "proof": proof})
-
-
-def _proof_text(proof: dict[str, Any]) -> str:
-    from paramgolf.runner.summary import table_text
-
-    what = f"{proof['documents']:,} documents" if proof["documents"] is not None else "a token stream, no documents"
-    windows = f"windows of {proof['seq_len']}, stride {proof['stride']}, {proof['lanes']} lanes"
-    rows = [
-        ("proved_bpb", f"{proof['proved_bpb']:.6f}"),
-        ("val_bpb of the same windows", f"{proof['val_bpb_same_windows']:.6f}"),
-        ("overhead", f"{100 * proof['overhead']:.3f} %"),
-        ("file", f"{proof['file_bytes']:,} bytes"),
-        ("text", f"{proof['text_bytes']:,} bytes"),
-        ("encoding", f"{proof['encode_bytes_per_second'] / 1000:.1f} kB/s"),
-        ("decoding", f"{proof['decode_bytes_per_second'] / 1000:.1f} kB/s"),
-    ]
-    return table_text(rows, title=f"proved: {what} came back from the file ({windows})")
+        path, data, limit=limit, stride=stride, lanes=lanes, tolerance=tolerance, ttt=section, out=out, say=say
+    )
+    if recorded:
+        say(record_proof(artifact, proof))
+    typer.echo(json.dumps(proof, indent=2) if as_json else proof_text(proof))
 
 
 def _jobs(
@@ -144,6 +139,8 @@ def _jobs(
         target = None if str(out) == "-" else out or (name(source) if source is not None else None)
         if target is not None and target.exists():
             raise GolfError(f"{target} exists; remove it or choose another name with -o")
+        if (source, target) in jobs:
+            raise GolfError(f"{source or 'standard input'} is given twice; give each file once")
         jobs.append((source, target))
     return jobs
 
@@ -178,6 +175,9 @@ def _convert(source: Path | None, target: Path | None, verb: str, work: Work) ->
     except (BrokenPipeError, GolfError):
         raise
     except OSError as error:
+        if target is None and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is buffered would fail at exit again
+            raise GolfError(f"cannot write standard output: {error.strerror}; free space") from error
         raise GolfError(f"{source or 'standard input'}: {error.strerror or error}; check the file") from error
     typer.echo(f"{label}: {said}" + (f" -> {target}" if target else ""), err=True)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from paramgolf.files import atomic_write
 from paramgolf.runner.folder import RunFolder
-from paramgolf.runner.summary import byte_table_lines, score_rows, seconds_rows
+from paramgolf.runner.summary import byte_table_lines, proof_coders, score_rows, seconds_rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,6 +27,8 @@ def write_report(folder: RunFolder, record: dict[str, Any], title: str) -> None:
         title=title,
         headline=_headline(record),
         coders=_coders(record),
+        proof=record.get("proof"),
+        proof_coders=proof_coders(record["proof"]) if record.get("proof") else [],
         loss_svg=loss_svg(read_log(folder.log)),
         ledger=_ledger(record),
         grids=_grids(record),

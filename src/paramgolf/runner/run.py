@@ -38,18 +38,16 @@ from paramgolf.recipe.sections import Recipe
 from paramgolf.runner.environment import archive_source
 from paramgolf.runner.folder import RunFolder, claim
 from paramgolf.runner.machine import SpeedWatch
-from paramgolf.runner.peers import compress_peers
 from paramgolf.runner.phases import Phases
 from paramgolf.runner.record import causes, write_record
 from paramgolf.runner.report import write_report
 from paramgolf.runner.reserve import calibrates, packing_seconds
 from paramgolf.score.scorer import Score, score
+from paramgolf.text.peers import PEER_TEXT_LIMIT, compress_peers
 from paramgolf.train.callbacks import Callback, progress
 from paramgolf.train.clock import Clock
 from paramgolf.train.session import TrainOutput, train_recipe
 from paramgolf.train.trackers import Tracker, check_trackers
-
-PEER_TEXT_LIMIT = 64 * 2**20  # larger validation texts are not put through the general compressors
 
 
 def run(

@@ -56,6 +56,10 @@ def score_rows(record: dict[str, Any]) -> list[tuple[str, float]]:
         rows = [(name, record["val_bpb_sliding"]), ("model.golf, windows side by side", record["val_bpb"])]
     rows += table_rows(record, "model.golf, by the tokenizer's byte table")
     rows.append(("the weights before quantisation", record["val_bpb_float"]))
+    proof = record.get("proof") or {}
+    if proof.get("validation"):
+        name = f"proved: {proof['file_bytes']:,} bytes were decoded back to the text"
+        rows.append((f"{name} (stride {proof['stride']})", proof["proved_bpb"]))
     return rows + [(f"{name}, for comparison", peer["bpb"]) for name, peer in record["peers"].items()]
 
 
@@ -71,6 +75,14 @@ def byte_table_lines(result: dict[str, Any]) -> list[str]:
 
     check = result.get("byte_table")
     return table_lines(check) if check and check["documents_that_differ"] else []
+
+
+def proof_coders(proof: dict[str, Any]) -> list[dict[str, Any]]:
+    """The proved file and other compressors on its text, the smallest first: name, bpb, bytes (str), ours (bool)."""
+    ours = {"name": "the proved file", "bpb": proof["proved_bpb"], "bytes": proof["file_bytes"], "ours": True}
+    rows = [ours] + [{"name": name, **peer, "ours": False} for name, peer in proof.get("peers", {}).items()]
+    rows.sort(key=lambda row: row["bpb"])
+    return [row | {"bpb": f"{row['bpb']:.4f}", "bytes": f"{row['bytes']:,}"} for row in rows]
 
 
 def seconds_rows(record: dict[str, Any]) -> list[tuple[str, str]]:

@@ -47,7 +47,7 @@ def encode_stream(
     with evaluating(model, seq_len):
         batch = batch_rows(len(whole), 1, min(seq_len, int(whole.length.max())), batch_tokens)
         for windows, hidden, truth in window_batches(model, tokens, whole, batch):
-            held.append(_log_odds(model, hidden, truth))
+            held.append(path_log_odds(model, hidden, truth))
             done += len(truth)
             if encoder is None and (done >= SAMPLE_TOKENS or windows == len(whole)):
                 sample = np.concatenate(held)[:SAMPLE_TOKENS]
@@ -65,7 +65,7 @@ def encode_stream(
     return encoder.finish()
 
 
-def _log_odds(model: GPT, hidden: torch.Tensor, truth: torch.Tensor) -> np.ndarray:
+def path_log_odds(model: GPT, hidden: torch.Tensor, truth: torch.Tensor) -> np.ndarray:
     """(n, depth) float64 for hidden states (n, D) and the tokens (n,) that follow, a few at a time."""
     size = max(1, LOGITS_AT_ONCE // model.vocab_size)
     parts = [

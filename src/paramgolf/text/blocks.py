@@ -12,7 +12,7 @@ import lzma
 import math
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,14 +23,16 @@ from paramgolf.api import LanguageModel, load
 from paramgolf.data.sources import SEPARATOR
 from paramgolf.errors import CheckFailed, GolfError
 from paramgolf.pack.wire import Reader, varint
+from paramgolf.recipe.sections import TttSection
 from paramgolf.score import coder
 from paramgolf.score.scorer import score
 from paramgolf.score.stream import decode_stream, encode_stream
+from paramgolf.text.adapted import decode_adapted, encode_adapted
 from paramgolf.text.format import ID_BYTES, MAX_WINDOW, Content, Frame, Header, Kind
+from paramgolf.text.pieces import MAX_LANES, place_to_cut
 
 TOLERANCE = 1e-4  # log-odds; a few times what thread counts, batch shapes and devices were seen to change
-LANE_BYTES = 8192  # each lane costs 6 bytes
-MAX_LANES = 64
+LANE_BYTES, LEAST_LANE = 16384, 4096  # each lane costs 6 bytes
 CACHE_BYTES = 1 << 30  # of the decoder, for the keys and values of all lanes
 _SETTLED = 0.03  # a block that zstd shrinks to less is not worth another try
 _SAMPLES, _SAMPLE_BYTES = 4, 4096
@@ -47,7 +49,7 @@ class TextModel:
         language_model = load(path, device=device)
         self.path, self.tokenizer = Path(path), language_model.tokenizer
         self.model, self.seq_len = language_model.model, language_model.seq_len
-        self.sha256 = language_model.sha256
+        self.sha256, self.lanes_of_score = language_model.sha256, language_model.lanes
         self.dtype = str(self.model.compute_dtype).removeprefix("torch.")
         self.model.compute_dtype = torch.float32
         self.batch_tokens = _batch_tokens(language_model)
@@ -78,7 +80,8 @@ class TextModel:
 
     def lanes(self, size: int) -> int:
         """Lanes to cut `size` bytes into."""
-        return max(1, min(MAX_LANES, self.lane_limit(self.seq_len), size // LANE_BYTES))
+        count = max(size // LANE_BYTES, min(4, size // LEAST_LANE))
+        return max(1, min(MAX_LANES, self.lane_limit(self.seq_len), count))
 
     def encode(
         self, header: Header, tokens: np.ndarray, lane_starts: tuple[int, ...], progress: Progress | None = None
@@ -101,11 +104,12 @@ class TextModel:
                 progress=progress,
             )  # fmt: skip
 
-    def text(self, content: Content, lanes: list[np.ndarray]) -> bytes:
-        """What the tokens of the lanes stand for, in the form of `content`."""
+    def text(self, content: Content, lanes: list[np.ndarray], joined: Sequence[bool]) -> bytes:
+        """What the tokens of the lanes stand for, in the form of `content`; no document begins with a `joined` lane."""
         if content is Content.TOKENS:
             return np.concatenate(lanes).astype("<u2").tobytes()
-        return (SEPARATOR if content is Content.DOCUMENTS else b"").join(map(self._lane_text, lanes))
+        between = SEPARATOR if content is Content.DOCUMENTS else b""
+        return b"".join((b"" if j else between) + self._lane_text(t) for t, j in zip(lanes, joined, strict=True))
 
     def _lane_text(self, tokens: np.ndarray) -> bytes:
         cuts = np.flatnonzero(tokens == self.tokenizer.bos_id)[1:]
@@ -136,7 +140,8 @@ def exact_arithmetic() -> Iterator[None]:
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
-        yield
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            yield
     finally:
         torch.set_float32_matmul_precision(before)
 
@@ -169,7 +174,7 @@ def _by_model(raw: bytes, header: Header, model: TextModel, progress: Progress |
     pieces = _cut(raw, model.lanes(len(raw)))
     lanes = [model.tokenizer.encode_documents(piece.split(SEPARATOR)) for piece in pieces]
     starts = tuple(int(s) for s in np.cumsum([0, *map(len, lanes)])[:-1])
-    return encode_lanes(raw, header, model, np.concatenate(lanes), starts, progress)
+    return encode_lanes(raw, header, model, np.concatenate(lanes), starts, progress=progress)
 
 
 def encode_lanes(
@@ -178,14 +183,24 @@ def encode_lanes(
     model: TextModel,
     tokens: np.ndarray,
     starts: tuple[int, ...],
+    joined: tuple[bool, ...] = (),
     progress: Progress | None = None,
 ) -> tuple[bytes, bool]:
-    """(payload, whether it ends in a patch) of `raw`, whose tokens are given with the starts of their lanes."""
+    """(payload, whether it ends in a patch) of `raw`, whose tokens are given with the starts of their lanes; `joined`
+    (of documents) as for `TextModel.text`, () = none."""
+    joined = joined or (False,) * len(starts)
     stream = model.encode(header, tokens, starts, progress)
-    said = model.text(header.content, np.split(tokens, starts[1:]))
+    head = _pack_joined(joined) if header.content is Content.DOCUMENTS else b""
+    said = model.text(header.content, np.split(tokens, starts[1:]), joined)
     if said == raw:
-        return stream, False
-    return varint(len(stream)) + stream + _patch(said).compress(raw), True
+        return head + stream, False
+    return head + varint(len(stream)) + stream + _patch(said).compress(raw), True
+
+
+def _pack_joined(joined: Sequence[bool]) -> bytes:
+    """A varint length and a bit for each lane, least significant first, without bytes of zeros at the end."""
+    bits = np.packbits(np.array(joined, bool), bitorder="little").tobytes().rstrip(b"\0")
+    return varint(len(bits)) + bits
 
 
 def _patch(said: bytes) -> zstandard.ZstdCompressor:
@@ -205,12 +220,7 @@ def _as_dictionary(said: bytes) -> zstandard.ZstdCompressionDict:
 
 def _cut(raw: bytes, count: int) -> list[bytes]:
     """`raw` in about `count` parts of about equal size, cut after a blank or line end where one is near."""
-    cuts = {0, len(raw)}
-    for i in range(1, count):
-        at = len(raw) * i // count
-        found = re.compile(rb"[ \n]").search(raw, at, at + 200)
-        cuts.add(found.end() if found else at)
-    edges = sorted(cuts)
+    edges = sorted({0, len(raw), *(min(place_to_cut(raw, len(raw) * i // count), len(raw)) for i in range(1, count))})
     return [raw[a:b] for a, b in itertools.pairwise(edges)]
 
 
@@ -235,16 +245,46 @@ def _decode(frame: Frame, header: Header, model: TextModel | None, progress: Pro
     if frame.kind is Kind.LZMA:
         return lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=_LZMA).decompress(frame.payload, frame.raw + 1)
     assert model is not None
-    stream, patch = frame.payload, b""
-    if frame.kind is Kind.PATCHED:
-        reader = Reader(frame.payload, "a frame")
-        stream = reader.take(reader.varint(len(frame.payload)))
-        patch = reader.take(len(reader))
     # A token stands for a byte or more, but for case operators and for a tokenizer that rewrites text.
     most = (2 if model.tokenizer.case_operators else 1) if model.tokenizer.reversible else 8
     limit = frame.raw * most + 64
-    said = model.text(header.content, model.decode(header, stream, limit, progress))
+    if frame.kind is Kind.ADAPTED:
+        return _decode_adapted(frame, header, model, limit, progress)
+    reader, bits = Reader(frame.payload, "a frame"), b""
+    if header.content is Content.DOCUMENTS:
+        bits = reader.take(reader.varint(MAX_LANES))
+    stream = reader.take(reader.varint(len(reader)) if frame.kind is Kind.PATCHED else len(reader))
+    patch = reader.take(len(reader))
+    lanes = model.decode(header, stream, limit, progress)
+    joined = [i < 8 * len(bits) and bool(bits[i // 8] >> i % 8 & 1) for i in range(len(lanes))]
+    said = model.text(header.content, lanes, joined)
     return _unzstd(patch, frame.raw, said) if frame.kind is Kind.PATCHED else said
+
+
+def encode_adapted_frame(
+    raw: bytes, header: Header, model: TextModel, tokens: np.ndarray, section: TttSection, progress: Progress | None
+) -> tuple[Frame, float]:
+    """(the frame of `raw`, which is `tokens` in one lane, by the model learning on the way; the bits of its score)."""
+    with exact_arithmetic():
+        stream, bits = encode_adapted(
+            model.model, tokens, section, seq_len=header.seq_len, tolerance=header.tolerance,
+            bos_id=model.tokenizer.bos_id, progress=progress,
+        )  # fmt: skip
+    said = model.text(header.content, [tokens], [True])
+    patch = b"" if said == raw else _patch(said).compress(raw)
+    return Frame(Kind.ADAPTED, len(raw), zlib.crc32(raw), varint(len(stream)) + stream + patch), bits
+
+
+def _decode_adapted(frame: Frame, header: Header, model: TextModel, limit: int, progress: Progress | None) -> bytes:
+    reader = Reader(frame.payload, "a frame")
+    stream = reader.take(reader.varint(len(reader)))
+    patch = reader.take(len(reader))
+    with exact_arithmetic():
+        tokens = decode_adapted(
+            model.model, stream, seq_len=header.seq_len, bos_id=model.tokenizer.bos_id, limit=limit, progress=progress
+        )
+    said = model.text(header.content, [tokens], [True])
+    return _unzstd(patch, frame.raw, said) if patch else said
 
 
 def _unzstd(packed: bytes, size: int, said: bytes | None) -> bytes:

@@ -24,6 +24,7 @@ from paramgolf.text.blocks import TOLERANCE, TextModel, decode_frame, encode_blo
 from paramgolf.text.format import Content, Ending, Frame, Header, StreamReader
 
 BLOCK = 1 << 19
+WORTH_A_PROCESS = 1 << 15  # bytes of text: less is coded before a process has begun
 Progress = Callable[[int], None]
 Job = bytes | Frame
 _worker: TextModel | None = None
@@ -50,7 +51,9 @@ def _work(job: Job, header: Header, model: TextModel | None) -> Job:
 
 
 def _heavy(job: Job) -> bool:
-    return job.by_model if isinstance(job, Frame) else is_text(job)
+    if isinstance(job, Frame):
+        return job.by_model and job.raw >= WORTH_A_PROCESS
+    return len(job) >= WORTH_A_PROCESS and is_text(job)
 
 
 class Crew:
@@ -109,11 +112,12 @@ def compress(
     model: TextModel,
     *,
     tolerance: float = TOLERANCE,
+    stride: int = 0,
     workers: int = 1,
     progress: Progress | None = None,
 ) -> tuple[int, int]:
     """The rest of `source` to `target`; (bytes read, bytes written). `progress` counts the bytes read."""
-    header = model.header(Content.FILE, tolerance)
+    header = model.header(Content.FILE, tolerance, stride)
     digest, total = hashlib.sha256(), 0
     written = target.write(header.pack())
     for raw, frame in Crew(header, lambda: model, workers).run(_blocks(source)):

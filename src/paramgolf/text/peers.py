@@ -1,0 +1,56 @@
+"""The same text under general compressors, so that a score has something to stand beside."""
+
+from __future__ import annotations
+
+import bz2
+import lzma
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import zstandard
+
+PEERS: dict[str, Callable[[bytes], bytes]] = {
+    "xz -9e": lambda data: lzma.compress(data, preset=9 | lzma.PRESET_EXTREME),
+    "zstd -22": lambda data: zstandard.ZstdCompressor(level=22).compress(data),
+    "bzip2 -9": lambda data: bz2.compress(data, 9),
+}
+PEER_TEXT_LIMIT = 64 * 2**20  # larger texts are not put through the general compressors
+PROGRAM_TEXT_LIMIT = 8 * 2**20  # nor those above this through the slow ones
+PROGRAM_SECONDS = 600
+
+
+def compress_peers(text: Path) -> dict[str, dict[str, float]]:
+    """Compressed bytes and bits per byte of the file under each peer; each sees the whole text at once. 7-Zip's PPMd
+    and zpaq are among them where they are installed."""
+    data = text.read_bytes()
+    sizes = {name: len(compress(data)) for name, compress in PEERS.items()}
+    if len(data) <= PROGRAM_TEXT_LIMIT:
+        sizes |= _programs(text)
+    return {name: {"bytes": size, "bpb": 8 * size / max(len(data), 1)} for name, size in sizes.items()}
+
+
+def _programs(text: Path) -> dict[str, int]:
+    sizes = {}
+    seven = next(filter(None, map(shutil.which, ("7zz", "7z", "7za"))), None)
+    zpaq = shutil.which("zpaq")
+    with tempfile.TemporaryDirectory() as folder:
+        if seven is not None:
+            line = [seven, "a", "-m0=PPMd:o=16:mem=1g", "-bso0", "-bsp0", f"{folder}/text.7z", str(text.resolve())]
+            sizes["7z PPMd, order 16, 1 GB"] = _size(line, Path(folder, "text.7z"))
+        if zpaq is not None:
+            sizes["zpaq -m5"] = _size(
+                [zpaq, "a", f"{folder}/text.zpaq", str(text.resolve()), "-m5"], Path(folder, "text.zpaq")
+            )
+    return {name: size for name, size in sizes.items() if size}
+
+
+def _size(line: list[str], made: Path) -> int:
+    """Bytes of the archive, 0 if the program does not make one (for want of memory, say)."""
+    try:
+        done = subprocess.run(line, capture_output=True, stdin=subprocess.DEVNULL, timeout=PROGRAM_SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return 0
+    return made.stat().st_size if done.returncode == 0 and made.is_file() else 0
