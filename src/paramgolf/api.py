@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -27,6 +27,8 @@ from paramgolf.pack.packer import load_model
 from paramgolf.score import sample, scorer
 from paramgolf.score.own_scorers import check_all
 from paramgolf.score.scorer import Score
+from paramgolf.score.ttt import settings as adapt
+from paramgolf.score.ttt.scorer import score_adapted
 
 Progress = Callable[[int, int], None]
 CPU_BATCH_TOKENS = 16_384  # larger batches only cost memory on a CPU
@@ -87,12 +89,21 @@ class LanguageModel:
         stride: int | None = None,
         seq_len: int = 0,
         check_legality: bool = False,
+        ttt: bool = False,
+        settings: Iterable[str] = (),
         progress: Progress | None = None,
     ) -> dict[str, Any]:
         """The result keys of `golf score`: standard windows over the whole of `source` ("-" = standard input) and
         sliding ones if `stride` (None = the artifact's) is not 0; `byte_table`, the tokenizer's against the documents;
-        with `check_legality` also `legality`, what `score.legality` finds on the first window and a bit."""
+        with `check_legality` also `legality`, what `score.legality` finds on the first window and a bit.
+
+        With `ttt` also a score with test-time training as the artifact says (by adapters for each document if it says
+        nothing), and with the n-gram tilt if it has one; `settings` like "ttt.lr=0.01" or "tilt.orders=[16,8]" change
+        that, and those of the tilt alone need no `ttt`."""
         stride = self._score_config("stride") if stride is None else stride
+        section, tilt = adapt.settings_of(self.config, settings)
+        section = adapt.chosen(section, ttt)
+        learns = section.kind != "none" or bool(tilt.orders)
         if str(source) == "-":
             with tempfile.TemporaryDirectory() as folder:
                 spooled = sources.spool_stdin(Path(folder))
@@ -104,10 +115,16 @@ class LanguageModel:
         results = self._score(tokens, true_bytes, 0, seq_len, 0.0, progress).as_dict() | {"byte_table": table}
         if stride:
             results |= self._score(tokens, true_bytes, stride, seq_len, 0.0, progress).as_dict()
+        if learns:
+            results |= score_adapted(
+                self.model, tokens, section, tilt, token_bytes=self.tokenizer.token_bytes, true_bytes=true_bytes,
+                seq_len=seq_len or self.seq_len, stride=stride, batch_tokens=self._batch_tokens,
+                bos_id=self.tokenizer.bos_id, progress=progress,
+            ).as_dict()  # fmt: skip
         if check_legality:
             found = check_all(
                 self.model, tokens, seq_len=seq_len or self.seq_len, stride=stride, bos_id=self.tokenizer.bos_id,
-                batch_tokens=self._batch_tokens,
+                batch_tokens=self._batch_tokens, adapted=(section, tilt) if learns else None,
             )  # fmt: skip
             results["legality"] = {name: legality.as_dict() for name, legality in found.items()}
         return results

@@ -134,13 +134,21 @@ def score_command(
     check_legality: Annotated[
         bool, typer.Option("--check-legality", help="Test the four conditions of a legal score; exit code 1: broken.")
     ] = False,
+    ttt: Annotated[
+        bool, typer.Option("--ttt", help="Also score with test-time training, as the artifact says (docs/ttt.md).")
+    ] = False,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Another ttt.* or tilt.* value.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Bits per byte of a text under an artifact: standard windows, and sliding ones."""
     import paramgolf
 
     model = paramgolf.load(artifact_path(artifact))
-    result = model.score_data(data, stride=stride, seq_len=seq_len, check_legality=check_legality)
+    result = model.score_data(
+        data, stride=stride, seq_len=seq_len, check_legality=check_legality, ttt=ttt, settings=settings or []
+    )
     from paramgolf.runner.summary import score_text
 
     emit(result, as_json, score_text(result))

@@ -43,6 +43,7 @@ from paramgolf.runner.record import causes, write_record
 from paramgolf.runner.report import write_report
 from paramgolf.runner.reserve import calibrates, packing_seconds
 from paramgolf.score.scorer import Score, score
+from paramgolf.score.ttt.scorer import score_adapted
 from paramgolf.text.peers import PEER_TEXT_LIMIT, compress_peers
 from paramgolf.train.callbacks import Callback, progress
 from paramgolf.train.clock import Clock
@@ -280,19 +281,35 @@ class Job:
             results = self._score(model, "scoring the file", stride=0).as_dict()
             if stride := self.recipe.score.stride:
                 results |= self._score(model, f"scoring the file, sliding by {stride}", stride=stride).as_dict()
+            if self.recipe.ttt.kind != "none" or self.recipe.tilt.orders:
+                results |= self._score_adapted(model)
         return results
+
+    def _score_adapted(self, model: GPT) -> dict[str, Any]:
+        """The score that learns as it goes."""
+        recipe, data = self.recipe, self.dataset
+        with self.phases.of("scoring the file, learning from what was scored") as progress:
+            return score_adapted(
+                model, data.val_tokens(), recipe.ttt, recipe.tilt, token_bytes=data.tokenizer.token_bytes,
+                true_bytes=data.val_bytes, seq_len=recipe.score.seq_len or recipe.train.seq_len,
+                stride=recipe.score.stride, batch_tokens=recipe.score.batch_tokens, bos_id=data.tokenizer.bos_id,
+                dist=self.dist, limit_seconds=self._time_to_score(), progress=progress,
+            ).as_dict()  # fmt: skip
+
+    def _time_to_score(self) -> float:
+        """Seconds left for scores of the file, 0 = no limit: one budget for all of them; the trained weights' score is
+        a diagnosis beside it."""
+        limit, used = self.recipe.budget.eval_seconds, self.clock.phases().get("score")
+        return max(1e-3, limit - used) if limit and used is not None else 0.0
 
     def _score(self, model: GPT, what: str, *, stride: int) -> Score:
         section, data = self.recipe.score, self.dataset
-        limit, used = self.recipe.budget.eval_seconds, self.clock.phases().get("score")
-        if limit:  # one budget for all scores of the file; the trained weights' score is a diagnosis beside it
-            limit = 0.0 if used is None else max(1e-3, limit - used)
         with self.phases.of(what) as progress:
             return score(
                 model, data.val_tokens(), token_bytes=data.tokenizer.token_bytes, true_bytes=data.val_bytes,
                 seq_len=section.seq_len or self.recipe.train.seq_len, stride=stride, batch_tokens=section.batch_tokens,
                 dist=self.dist, windows=section.windows, lane_count=section.lanes,
-                limit_seconds=limit, progress=progress,
+                limit_seconds=self._time_to_score(), progress=progress,
             )  # fmt: skip
 
     def conclude(self, trained: TrainOutput, floats: Score, ledger: Ledger, results: dict[str, Any]) -> dict[str, Any]:

@@ -54,6 +54,7 @@ def score_rows(record: dict[str, Any]) -> list[tuple[str, float]]:
     if record.get("val_bpb_sliding") is not None:
         name = f"model.golf, windows sliding by {record['stride']} tokens"
         rows = [(name, record["val_bpb_sliding"]), ("model.golf, windows side by side", record["val_bpb"])]
+    rows += [(f"model.golf, {name}", record[f"val_bpb_{key}"]) for key, name in adapted_keys(record).items()]
     rows += table_rows(record, "model.golf, by the tokenizer's byte table")
     rows.append(("the weights before quantisation", record["val_bpb_float"]))
     proof = record.get("proof") or {}
@@ -61,6 +62,13 @@ def score_rows(record: dict[str, Any]) -> list[tuple[str, float]]:
         name = f"proved: {proof['file_bytes']:,} bytes were decoded back to the text"
         rows.append((f"{name} (stride {proof['stride']})", proof["proved_bpb"]))
     return rows + [(f"{name}, for comparison", peer["bpb"]) for name, peer in record["peers"].items()]
+
+
+def adapted_keys(result: dict[str, Any]) -> dict[str, str]:
+    """The scores that learn as they go: the end of their result keys and what they are."""
+    training = f"test-time training ({result.get('ttt')})"
+    names = {"tilt": "n-gram tilt", "ttt": training, "ttt_tilt": f"{training} and n-gram tilt"}
+    return {key: name for key, name in names.items() if f"val_bpb_{key}" in result}
 
 
 def table_rows(result: dict[str, Any], name: str) -> list[tuple[str, float]]:
@@ -125,6 +133,8 @@ def score_text(result: dict[str, Any]) -> str:
                 f"{result['val_loss_sliding']:.6f}",
             )
         )
+    for key, name in adapted_keys(result).items():
+        rows.append((name, f"{result[f'val_bpb_{key}']:.6f}", f"{result[f'val_loss_{key}']:.6f}"))
     rows += [(name, f"{value:.6f}", "") for name, value in table_rows(result, "standard, by the byte table")]
     title = f"{result['scored_tokens']:,} tokens, {result['scored_bytes']:,} bytes"
     lines = [table_text(rows, header=("windows", "val_bpb", "val_loss"), title=title), *byte_table_lines(result)]

@@ -13,11 +13,13 @@ import torch
 
 from paramgolf.errors import GolfError
 from paramgolf.model.gpt import GPT
+from paramgolf.recipe.sections import TiltSection, TttSection
 from paramgolf.score import coder, scorer
 from paramgolf.score.grid import warp
 from paramgolf.score.legality import MIN_TOKENS, Legality, check
 from paramgolf.score.rans import ONE
 from paramgolf.score.stream import Stepper, encode_stream, window_logits
+from paramgolf.score.ttt.legal import AdaptedScorer
 from paramgolf.score.windows import lanes, plan
 
 EXTRA_TOKENS = 96  # of a check, past the first window
@@ -129,17 +131,18 @@ def coded_log_probs(settings: coder.Settings, logits: torch.Tensor, place: int) 
 
 def check_all(
     model: GPT, tokens: np.ndarray, *, seq_len: int, stride: int = 0, bos_id: int = 1, batch_tokens: int = 16_384,
-    cuts: int = 4,
+    cuts: int = 4, adapted: tuple[TttSection, TiltSection] | None = None,
 ) -> dict[str, Legality]:  # fmt: skip
     """The check of every path to a score of `model`, by its name, on the beginning of `tokens`: a window and a bit.
 
-    `stride` 0 leaves the sliding windows out. Raises GolfError for a text that is too short.
+    `stride` 0 leaves the sliding windows out; `adapted`: what a score that learns would learn by. Raises GolfError for
+    a text that is too short.
     """
     part = np.asarray(tokens[: seq_len + EXTRA_TOKENS]).astype(np.int64)
     if len(part) < MIN_TOKENS:
         raise GolfError(f"a check needs a text of at least {MIN_TOKENS} tokens, this has {len(part)}")
     windows = functools.partial(WindowScorer, model, seq_len=seq_len, bos_id=bos_id, batch_tokens=batch_tokens)
-    scorers: dict[str, WindowScorer | CacheScorer] = {"windows": windows()}
+    scorers: dict[str, WindowScorer | CacheScorer | AdaptedScorer] = {"windows": windows()}
     if stride and stride < seq_len:
         scorers["sliding windows"] = windows(stride=stride)
     if len(lanes(part, 4, bos_id)) > 1:
@@ -147,6 +150,10 @@ def check_all(
     scorers["token by token"] = CacheScorer(model, seq_len=seq_len, stride=stride)
     settings = coder.Decoder(encode_stream(model, part, seq_len=seq_len, batch_tokens=batch_tokens)).settings
     scorers["text coder"] = CoderScorer(model, settings, seq_len=seq_len)
+    if adapted is not None:
+        scorers["learning"] = AdaptedScorer(
+            model, *adapted, seq_len=seq_len, stride=stride, bos_id=bos_id, batch_tokens=batch_tokens
+        )
     return {
         name: check(one, part, bos_id=bos_id, cuts=cuts if name != "text coder" else 2) for name, one in scorers.items()
     }
