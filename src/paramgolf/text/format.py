@@ -44,6 +44,7 @@ class Kind(IntEnum):
     LZMA = 2
     MODEL = 3  # the model's coder alone
     PATCHED = 4  # the model's coder, then what its text lacks
+    ADAPTED = 5  # the model's coder, the model learning from what was read; then what its text lacks
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Frame(NamedTuple):
 
     @property
     def by_model(self) -> bool:
-        return self.kind in (Kind.MODEL, Kind.PATCHED)
+        return self.kind >= Kind.MODEL
 
     def pack(self) -> bytes:
         head = bytes([self.kind]) + varint(self.raw) + varint(len(self.payload)) + self.crc.to_bytes(4, "little")
