@@ -19,6 +19,7 @@ from paramgolf.recipe.load import load_recipe, to_toml
 from paramgolf.runner.record import FORMAT, seal
 
 PROGRAM = (sys.executable, "-m", "tests.lab_standin")
+RECIPE = str(Path(__file__).with_name("lab_standin.toml"))
 
 
 def score(lr: float, hidden: int, seed: int, decay: float) -> float:

@@ -3,11 +3,13 @@ is judged by."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -24,10 +26,11 @@ from paramgolf.errors import GolfError
 from paramgolf.lab.ablate import ablate, ablate_text
 from paramgolf.lab.space import read_words
 from paramgolf.lab.storage import shown
-from paramgolf.lab.sweep import plan_sweep, sweep, sweep_text
+from paramgolf.lab.study import sweep_text
+from paramgolf.lab.sweep import plan_sweep, sweep
 from paramgolf.lab.tuning import hold_back, tuning_data
 from paramgolf.recipe.load import load_recipe
-from tests.lab_standin import PROGRAM
+from tests.lab_standin import PROGRAM, RECIPE
 from tests.run_common import TINY, error_line, golf, golf_here, one_thread, prose
 
 pytest.importorskip("optuna")
@@ -37,14 +40,14 @@ OVER = ["optim.matrix_lr=0.005..0.08:log", "model.mlp_hidden=384,480,576"]
 
 def standin_sweep(out: Path, *words: str, **settings: Any) -> dict[str, Any]:
     settings = {"trials": 6, "on": "validation", "program": PROGRAM, **settings}
-    return sweep(plan_sweep("pocket", list(words) or OVER, steps=20, out=out, **settings))
+    return sweep(plan_sweep(RECIPE, list(words) or OVER, steps=20, out=out, **settings))
 
 
 # -- what is varied ------------------------------------------------------------------------------------------------
 
 
 def test_words_are_ranges_lists_or_settings() -> None:
-    axes, fixed = read_words("pocket", [*OVER, "train.batch_tokens=2048", "model.num_layers=2..6:step=2"])
+    axes, fixed = read_words(RECIPE, [*OVER, "train.batch_tokens=2048", "model.num_layers=2..6:step=2"])
     assert fixed == ["train.batch_tokens=2048"]
     lr, hidden, layers = axes
     assert (lr.low, lr.high, lr.log, lr.integer) == (0.005, 0.08, True, False)
@@ -67,7 +70,7 @@ def test_words_are_ranges_lists_or_settings() -> None:
 )
 def test_a_wrong_range_is_refused_before_any_run(tmp_path: Path, word: str, said: str) -> None:
     with pytest.raises(GolfError, match=said):
-        plan_sweep("pocket", [word], out=tmp_path / "s")
+        plan_sweep(RECIPE, [word], out=tmp_path / "s")
     assert not (tmp_path / "s").exists()
 
 
@@ -142,10 +145,10 @@ def test_greedy_keeps_the_best_of_each_key(tmp_path: Path) -> None:
 
 
 def test_a_hopeless_trial_is_stopped_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LAB_STANDIN_SECONDS", "1.5")
-    result = standin_sweep(tmp_path / "s", "optim.matrix_lr=0.02,0.021,0.022,0.023,1,2", sampler="grid")
+    monkeypatch.setenv("LAB_STANDIN_SECONDS", "1.2")
+    result = standin_sweep(tmp_path / "s", "optim.matrix_lr=0.02,0.021,0.022,0.023,2", sampler="grid")
     pruned = [row for row in result["trials"] if row["state"] == "pruned"]
-    assert {row["params"]["optim.matrix_lr"] for row in pruned} <= {1, 2} and pruned
+    assert [row["params"]["optim.matrix_lr"] for row in pruned] == [2]
     assert all(row["why"] == "pruned" for row in pruned)
 
 
@@ -222,6 +225,15 @@ def test_a_damaged_journal_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixt
     assert shown("postgresql://me:pw@host/x") == "postgresql://me:***@host/x"
 
 
+def test_a_locked_database_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    url = f"sqlite:///{tmp_path}/study.db?timeout=0.2"
+    standin_sweep(tmp_path / "s", trials=1, storage=url)
+    with contextlib.closing(sqlite3.connect(tmp_path / "study.db", isolation_level=None)) as holder:
+        holder.execute("BEGIN EXCLUSIVE")
+        line = error_line(golf_here(capfd, "sweep", RECIPE, "--over", OVER[0], "--storage", url, "--out", tmp_path))
+    assert "cannot be reached" in line and "locked" in line
+
+
 @pytest.fixture
 def postgres(tmp_path: Path) -> Iterator[str]:
     """A real server on a free port of the loopback interface."""
@@ -272,7 +284,7 @@ def test_two_machines_share_a_study_on_postgresql(tmp_path: Path, postgres: str)
 
 def test_ablation_says_what_a_component_is_worth(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"seeds": 4, "out": tmp_path / "a", "steps": 20, "on": "validation", "program": PROGRAM}
-    result = ablate("pocket", [], own=["optim.matrix_lr=0.04"], only=["averaging"], workers=2, **settings)
+    result = ablate(RECIPE, [], own=["optim.matrix_lr=0.04"], only=["averaging"], workers=2, **settings)
     rows = {row["variant"]: row for row in result["rows"]}
     assert list(rows) == ["as it is", "no averaging", "optim.matrix_lr=0.04"]
     assert rows["no averaging"]["worse_by"] == pytest.approx(0.01, abs=0.0005)
@@ -280,12 +292,14 @@ def test_ablation_says_what_a_component_is_worth(tmp_path: Path) -> None:
     assert "no averaging" in ablate_text(result)
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "a").rglob("record.json")}
     assert len(before) == 12
-    ablate("pocket", [], own=["optim.matrix_lr=0.04"], only=["averaging"], **settings)
+    ablate(RECIPE, [], own=["optim.matrix_lr=0.04"], only=["averaging"], **settings)
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "a").rglob("record.json")} == before
+    with pytest.raises(GolfError, match="holds a run of another recipe"):
+        ablate(RECIPE, ["model.mlp_hidden=481"], own=[], only=["averaging"], **settings)
     with pytest.raises(GolfError, match="no such component"):
-        ablate("pocket", [], own=[], only=["bigram"], **settings)
+        ablate(RECIPE, [], own=[], only=["bigram"], **settings)
     with pytest.raises(GolfError, match="changes nothing"):
-        ablate("pocket", [], own=["optim.matrix_lr=0.016"], only=[], **settings)
+        ablate(RECIPE, [], own=["optim.matrix_lr=0.016"], only=[], **settings)
 
 
 def test_a_real_trial_end_to_end(tmp_path: Path) -> None:

@@ -74,14 +74,42 @@ def compare_command(
     alpha: Annotated[float, typer.Option(min=1e-6, max=0.5, help="Significance asked for.")] = 0.01,
     power: Annotated[float, typer.Option(min=0.05, max=0.999, help="Of the number of runs still needed.")] = 0.8,
     allow: Annotated[list[str] | None, typer.Option(help="Compare although this differs, e.g. budget.steps.")] = None,
+    until: Annotated[
+        bool, typer.Option("--until-significant", help="Run further seeds until a sequential test is sure.")
+    ] = False,
+    max_seeds: Annotated[int, typer.Option(min=2, help="With it: at most so many seeds of each.")] = 10,
+    workers: Annotated[int, typer.Option(min=1, help="With it: runs at a time.")] = 1,
     as_json: AsJson = False,
 ) -> None:
     """Is one recipe better than another, or than a published number, by more than chance?"""
     from paramgolf.lab.compare import compare, open_groups
     from paramgolf.lab.compare_text import compare_text
+    from paramgolf.lab.further import until_significant
 
-    result = compare(
-        open_groups(runs), against=against, metric=metric, margin_nats=margin, alpha=alpha, power=power,
-        allow=list(allow or []),
-    )  # fmt: skip
+    groups = open_groups(runs)
+    asked: dict[str, Any] = {
+        "against": against, "metric": metric, "margin_nats": margin, "alpha": alpha, "power": power,
+        "allow": list(allow or []),
+    }  # fmt: skip
+    if until:
+        result = until_significant(
+            groups, **asked, max_seeds=max_seeds, workers=workers, note=lambda text: typer.echo(text, err=True)
+        )
+    else:
+        result = compare(groups, **asked)
     _emit(result, as_json, compare_text(result))
+
+
+@app.command("report", epilog="Example: golf report 'runs/pocket-*' sweeps/pocket -o report.html")
+def report_command(
+    runs: Annotated[
+        list[str] | None, typer.Argument(help="Run folders, folders of runs, quoted patterns, sweeps. Default: runs.")
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The page to write.")] = Path("report.html"),
+    as_json: AsJson = False,
+) -> None:
+    """One self-contained page: table, loss curves, bytes, frontier, seeds, sweeps, seals."""
+    from paramgolf.lab.report import report_text, write_report
+
+    result = write_report(list(runs or ["runs"]), out)
+    _emit(result, as_json, report_text(result))

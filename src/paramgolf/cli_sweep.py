@@ -61,7 +61,8 @@ def sweep_command(
     as_json: AsJson = False,
 ) -> None:
     """Search a recipe's settings; the same command again goes on with the study, on this or another machine."""
-    from paramgolf.lab.sweep import plan_sweep, sweep, sweep_text
+    from paramgolf.lab.study import sweep_text
+    from paramgolf.lab.sweep import plan_sweep, sweep
 
     plan = plan_sweep(
         recipe, [*(over or []), *(words or [])], steps=steps, out=out or Path("sweeps") / Path(recipe).stem,

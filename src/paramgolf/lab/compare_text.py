@@ -19,7 +19,24 @@ def compare_text(result: dict[str, Any]) -> str:
         parts.append(result["note"])
     if result["allowed"]:
         parts.append(f"compared although these may differ: {', '.join(result['allowed'])}")
-    return "\n\n".join([*parts, *(_comparison(test, result) for test in result["comparisons"])])
+    parts += [_comparison(test, result) for test in result["comparisons"]]
+    return "\n\n".join([*parts, *([_sequential(result)] if "sequential" in result else [])])
+
+
+def _sequential(result: dict[str, Any]) -> str:
+    """What counts when seeds were added one by one: the sequential test, not the p-values above."""
+    sequential = result["sequential"]
+    last = sequential["looks"][-1]
+    rows = [
+        (str(look["n"]), _or_dash(look["statistic"], ".3f"), f"{look['boundary']:.3f}", _or_dash(look["p"], ".4g"))
+        for look in sequential["looks"]
+    ]
+    title = f"sequential test, a look at every number of seeds up to {sequential['max_seeds']}"
+    answer = "yes" if sequential["better_by_margin"] else "not shown"
+    margin = f"{result['margin_nats']:g} nats"
+    verdict = f"Better by at least {margin} at an error rate of {result['alpha']:g} over all looks: {answer}"
+    table = table_text(rows, header=("seeds", "t", "boundary", "p over the looks"), title=title)
+    return f"{table}\n  {verdict}, after {last['n']} seeds. The p-values above are those of a single look."
 
 
 def _comparison(test: dict[str, Any], result: dict[str, Any]) -> str:

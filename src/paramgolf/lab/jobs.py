@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from paramgolf.errors import GolfError
-from paramgolf.lab.records import read_record
+from paramgolf.lab.records import identity, read_record, recipe_table
+from paramgolf.recipe.load import resolve, to_table
 from paramgolf.runner.folder import RunFolder
 
 _POLL = 0.2  # seconds between looks at a running child
@@ -87,6 +88,7 @@ def run_job(job: Job, *, stop: Stop, watch: Watch | None = None, threads: int = 
     """
     folder = RunFolder(job.folder)
     if folder.record.is_file():
+        _same_recipe(job, folder)
         return Outcome(read_record(folder))
     if (job.folder / "recipe.toml").is_file():
         shutil.rmtree(job.folder, ignore_errors=True)  # of a sweep that was killed
@@ -103,8 +105,18 @@ def run_job(job: Job, *, stop: Stop, watch: Watch | None = None, threads: int = 
         log.unlink(missing_ok=True)
         shutil.rmtree(job.folder / "checkpoints", ignore_errors=True)  # nobody resumes a finished trial
         return Outcome(read_record(folder))
-    shutil.rmtree(job.folder, ignore_errors=True) if stopped else None
-    return Outcome(None, _last_line(log) or f"ended with code {child.returncode}", stopped)
+    why = _last_line(log) or f"ended with code {child.returncode}"
+    if stopped:
+        shutil.rmtree(job.folder, ignore_errors=True)
+        log.unlink(missing_ok=True)
+    return Outcome(None, why, stopped)
+
+
+def _same_recipe(job: Job, folder: RunFolder) -> None:
+    """GolfError if the finished run in the folder is not the one that is asked for."""
+    wanted, there = to_table(resolve(job.recipe, job.overrides).recipe), recipe_table(folder)
+    if identity(wanted) != identity(there) or wanted["train"]["seed"] != there.get("train", {}).get("seed"):
+        raise GolfError(f"{folder.root} holds a run of another recipe; remove it or choose another --out")
 
 
 def _attend(child: subprocess.Popen[bytes], log: Path, stop: Stop, watch: Watch | None) -> bool:

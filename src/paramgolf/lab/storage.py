@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from paramgolf.errors import GolfError
 from paramgolf.files import atomic_write
 
 JOURNAL, CARD = "study.journal", "study.json"
+_TRIES, _MADE_MEANWHILE = 6, ("duplicate key", "already exists", "UNIQUE constraint")
 
 
 def optuna_module() -> ModuleType:
@@ -64,16 +66,30 @@ def shown(url: str) -> str:
 
 def open_storage(storage: str, folder: Path) -> Any:
     """An Optuna storage: of a URL (`scheme://...`), else the journal file at that path ("" = in the study's folder)."""
-    optuna = optuna_module()
     if "://" in storage:
-        return optuna.storages.RDBStorage(storage, engine_kwargs={"pool_pre_ping": True})
+        return _database(storage)
     from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
     path = Path(storage) if storage else folder / JOURNAL
     if path.is_dir():
         raise GolfError(f"--storage {path} is a folder; name the journal file or a database URL")
     path.parent.mkdir(parents=True, exist_ok=True)
-    return optuna.storages.JournalStorage(JournalFileBackend(str(path), lock_obj=JournalFileOpenLock(str(path))))
+    backend = JournalFileBackend(str(path), lock_obj=JournalFileOpenLock(str(path)))
+    return optuna_module().storages.JournalStorage(backend)
+
+
+def _database(url: str) -> Any:
+    """An RDB storage. Machines that start at the same time all make the tables: who comes second tries again."""
+    from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError
+
+    for attempt in range(_TRIES):
+        try:
+            return optuna_module().storages.RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
+        except (IntegrityError, ProgrammingError, OperationalError) as error:
+            if attempt == _TRIES - 1 or not any(word in str(error) for word in _MADE_MEANWHILE):
+                raise
+            time.sleep(0.2 * (attempt + 1))
+    raise AssertionError("the last attempt returns or raises")
 
 
 def write_card(folder: Path, name: str, storage: str, definition: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ an interruption, goes on where it stands. Trials whose process died without a wo
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -25,12 +26,14 @@ import psutil
 
 from paramgolf.data.cache import cache_root
 from paramgolf.errors import GolfError
+from paramgolf.files import atomic_write
 from paramgolf.lab.jobs import GOLF, Job, Outcome, Stop, in_turn, interruptible, run_job, share_of_cores
 from paramgolf.lab.space import Axis, override, read_words
 from paramgolf.lab.storage import open_storage, optuna_module, reachable, readable, shown, write_card
+from paramgolf.lab.study import feasible, given_back, short, summary
 from paramgolf.lab.tuning import tuning_data
-from paramgolf.recipe.load import from_table, resolve, to_table, to_toml
-from paramgolf.recipe.sections import BudgetSection, Recipe
+from paramgolf.recipe.load import resolve, to_table, to_toml
+from paramgolf.recipe.sections import BudgetSection
 
 SAMPLERS = ("tpe", "random", "grid", "cmaes")
 PRUNERS = ("median", "hyperband", "none")
@@ -117,8 +120,15 @@ def sweep(plan: Plan) -> dict[str, Any]:
             runner.done.set()
             pulse.join()
     with reachable(where):
-        result = summary(study, plan)
-        _write_best(plan, result)
+        result = summary(study, {
+            "study": plan.name, "storage": shown(plan.storage) or str(plan.out), "objective": plan.objective,
+            "on": plan.on,
+        })  # fmt: skip
+    if result["best"] is not None:
+        words = [override(key, value) for key, value in result["best"]["params"].items()]
+        recipe = resolve(plan.recipe, [*plan.overrides, *words]).recipe
+        named = dataclasses.replace(recipe, name=f"{recipe.name}-best")
+        atomic_write(plan.out / "best.toml", to_toml(named).encode())
     return result
 
 
@@ -186,7 +196,7 @@ class Runner:
 
     def count(self) -> int:
         """Trials that count: every one that was not given back."""
-        return sum(1 for t in self.study.get_trials(deepcopy=False) if not _given_back(t) and t.state.name != "WAITING")
+        return sum(1 for t in self.study.get_trials(deepcopy=False) if not given_back(t) and t.state.name != "WAITING")
 
     def greedy(self) -> None:
         """One key after the other: each of its values with the best of the keys before it."""
@@ -217,7 +227,7 @@ class Runner:
         """The objective of finished trials with these values; infinity for pruned and infeasible ones."""
         found = None
         for trial in self.study.get_trials(deepcopy=False):
-            if trial.params == values and not _given_back(trial) and trial.state.is_finished():
+            if trial.params == values and not given_back(trial) and trial.state.is_finished():
                 good = trial.state.name == "COMPLETE" and feasible(trial)
                 found = min(found if found is not None else math.inf, trial.value if good else math.inf)
         return found
@@ -280,7 +290,7 @@ class Runner:
         self.study.tell(trial, float(value))
         broken = "" if feasible(trial) else ", over a limit"
         what = f"trial {trial.number}: {plan.objective} {value:.4f}{broken}, {seconds:.0f} s"
-        plan.note(f"{what}  {_short(trial.params)}")
+        plan.note(f"{what}  {short(trial.params)}")
 
     def _watch(self, trial: Any, budget: BudgetSection) -> Callable[[list[dict[str, Any]]], bool]:
         """Report the mean loss of each percent of the budget and say when the pruner gives the trial up."""
@@ -342,15 +352,6 @@ def _lost(alive: dict[str, Any] | None) -> bool:
     return time.time() - alive["at"] > GIVEN_UP
 
 
-def _given_back(trial: Any) -> bool:
-    return bool(trial.user_attrs.get("given_back"))
-
-
-def feasible(trial: Any) -> bool:
-    """Whether a finished trial kept the limits on bytes and seconds."""
-    return all(value <= 0 for value in trial.user_attrs.get("over", {}).values())
-
-
 def used_fraction(line: dict[str, Any], budget: BudgetSection) -> float:
     """How much of its budget a run had used at this line of its log, 0 to 1."""
     used = [0.0]
@@ -361,76 +362,3 @@ def used_fraction(line: dict[str, Any], budget: BudgetSection) -> float:
     if budget.tokens:
         used.append(line["tokens"] / budget.tokens)
     return min(1.0, max(used))
-
-
-def summary(study: Any, plan: Plan) -> dict[str, Any]:
-    """JSON-able: the best trial within the limits, all trials, and how much each key matters."""
-    trials = [t for t in study.get_trials(deepcopy=False) if not _given_back(t)]
-    rows = [
-        {
-            "number": t.number, "state": t.state.name.lower(), "value": t.value, "params": t.params,
-            "feasible": feasible(t), "run": t.user_attrs.get("run"), "results": t.user_attrs.get("results", {}),
-            "why": t.user_attrs.get("why", ""),
-        }
-        for t in trials if t.state.is_finished()
-    ]  # fmt: skip
-    good = [row for row in rows if row["state"] == "complete" and row["feasible"]]
-    best = min(good, key=lambda row: row["value"], default=None)
-    return {
-        "study": plan.name, "storage": shown(plan.storage) or str(plan.out), "objective": plan.objective, "on": plan.on,
-        "best": best, "trials": rows, "importance": importance(study),
-    }  # fmt: skip
-
-
-def importance(study: Any) -> dict[str, float]:
-    """How much of the difference between good and other trials each key explains (PED-ANOVA); {} for few trials."""
-    optuna = optuna_module()
-    complete = [t for t in study.get_trials(deepcopy=False) if t.state.name == "COMPLETE"]
-    if len(complete) < 6:
-        return {}
-    try:
-        evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=0.25)
-        found = optuna.importance.get_param_importances(study, evaluator=evaluator)
-    except (ValueError, RuntimeError):  # a space that changed, or values that are all equal
-        return {}
-    return {key: float(value) for key, value in found.items() if math.isfinite(value)}
-
-
-def _write_best(plan: Plan, result: dict[str, Any]) -> None:
-    """`best.toml`: the recipe with the best trial's values, ready for `golf run`."""
-    if result["best"] is None:
-        return
-    words = [override(key, value) for key, value in result["best"]["params"].items()]
-    recipe: Recipe = resolve(plan.recipe, [*plan.overrides, *words]).recipe
-    table = to_table(recipe) | {"name": f"{recipe.name}-best"}
-    (plan.out / "best.toml").write_text(to_toml(from_table(table)), encoding="utf-8")
-
-
-def _short(params: dict[str, Any]) -> str:
-    return "  ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in params.items())
-
-
-def sweep_text(result: dict[str, Any]) -> str:
-    """The best trials and what mattered, as tables."""
-    from paramgolf.runner.summary import table_text
-
-    complete = sorted((r for r in result["trials"] if r["state"] == "complete"), key=lambda r: r["value"])
-    pruned = sum(r["state"] == "pruned" for r in result["trials"])
-    keys = list(complete[0]["params"]) if complete else []
-    shown_rows = [
-        (
-            str(r["number"]), f"{r['value']:.5f}", f"{r['results'].get('total_bytes', 0):,}",
-            "" if r["feasible"] else "over a limit",
-            *(f"{r['params'][k]:.4g}" if isinstance(r["params"][k], float) else str(r["params"][k]) for k in keys),
-        )
-        for r in complete[:10]
-    ]  # fmt: skip
-    head = f"{result['study']}: {len(complete)} trials finished, {pruned} pruned, objective {result['objective']}"
-    head += " on a split of the training text" if result["on"] == "split" else " on the validation text"
-    parts = [table_text(shown_rows, header=("trial", result["objective"], "bytes", "", *keys), title=head)]
-    if result["importance"]:
-        rows = [(key, f"{value:.2f}") for key, value in result["importance"].items()]
-        parts.append(table_text(rows, title="importance (PED-ANOVA, of 1)"))
-    best = result["best"]
-    parts.append(f"best: trial {best['number']}, {best['run']}" if best else "no trial ended within the limits")
-    return "\n\n".join(parts)

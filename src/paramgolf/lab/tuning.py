@@ -38,22 +38,36 @@ def tuning_data(section: DataSection, cache: Path, *, val_max_bytes: int = 0) ->
     train = [shard["sha256"] for shard in dataset.passport["train"]["shards"]]
     key = sha256_bytes(json.dumps([_FORMAT, train, dataset.tokenizer.sha256, limit]).encode())
     folder = cache / f"tuning-{key[:20]}"
-    if (folder / PASSPORT).is_file() and all(p.exists() for p in Dataset.open(folder).train_shards):
+    if _whole(folder):
         return folder
-    cache.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=cache))
     try:
-        passport = _write(work, dataset, limit) | {"key": key}
-        atomic_write(work / PASSPORT, json.dumps(passport, indent=1).encode())
-        shutil.rmtree(folder, ignore_errors=True)
-        work.chmod(0o755)
-        os.rename(work, folder)
+        cache.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=cache))
+        try:
+            passport = _write(work, dataset, limit) | {"key": key}
+            atomic_write(work / PASSPORT, json.dumps(passport, indent=1).encode())
+            work.chmod(0o755)
+            _publish(work, folder)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
     except OSError as error:
-        if not (folder / PASSPORT).is_file():  # nobody else was faster
-            raise GolfError(f"cannot write {folder}: {error.strerror or error}; free space") from None
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        raise GolfError(f"cannot write {folder}: {error.strerror or error}; free space") from None
     return folder
+
+
+def _whole(folder: Path) -> bool:
+    """Whether the split is there, with the shards that its links name."""
+    return (folder / PASSPORT).is_file() and all(path.exists() for path in Dataset.open(folder).train_shards)
+
+
+def _publish(work: Path, folder: Path) -> None:
+    """Rename, unless another process was faster: its folder may be in use already."""
+    try:
+        os.rename(work, folder)
+    except OSError:
+        if not _whole(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+            os.rename(work, folder)
 
 
 def _write(work: Path, dataset: Dataset, limit: int) -> dict[str, Any]:
