@@ -19,8 +19,10 @@ from paramgolf.data.dataset import prepare
 from paramgolf.data.inspect import inspect, text_of
 from paramgolf.data.shards import write_shard
 from paramgolf.data.tokenizer import Tokenizer
+from paramgolf.errors import GolfError
 from paramgolf.recipe.sections import DataSection
 from tests.shared import shared_path
+from tests.test_data_byte_oracle import trained
 
 DOCUMENTS = [f"Document {i}: {'word ' * (i % 13)}and 42 \u2581 é.\n".encode() for i in range(120)]
 
@@ -94,6 +96,27 @@ def test_a_lossy_tokenizer_is_found_out(tmp_path: Path) -> None:
     assert [row["document"] for row in check["first"]] == [1, 2] and check["documents_changed"] == 3  # and a newline
     assert "document 1: true 11, table 10, decoded 10: the tokenizer changes the text" in text_of(result)
     assert result["tokenizer"]["reversible"] is False
+
+
+def test_shards_against_documents_that_lie_elsewhere(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(trained())
+    texts = [b"plain words only", b"two  blanks", b"more words", b"and a last one"]
+    folder, lines = tmp_path / "shards", tmp_path / "docs.jsonl"
+    folder.mkdir()
+    (folder / "some.model").write_bytes(tokenizer.to_bytes())
+    write_shard(folder / "val_0.bin", tokenizer.encode_documents(texts[:3])[1:])
+    lines.write_bytes(b"".join(json.dumps({"text": t.decode()}).encode() + b"\n" for t in texts))
+    check = inspect(folder, documents=lines, cache=tmp_path)["val"]["byte_table"]
+    assert (check["documents"], check["true_bytes"], check["table_bytes"]) == (3, 37, 36)
+    assert [row["document"] for row in check["first"]] == [1]
+    lines.write_bytes(b'{"text": "one"}\n')
+    with pytest.raises(GolfError, match="1 documents, but the tokens hold 3"):
+        inspect(folder, documents=lines, cache=tmp_path)
+    with pytest.raises(GolfError, match="is the documents themselves"):
+        inspect(lines, documents=lines, cache=tmp_path)
+    (folder / "some.model").unlink()
+    with pytest.raises(GolfError, match="name it with --tokenizer"):
+        inspect(folder, documents=lines, cache=tmp_path)
 
 
 def test_text_is_described_without_a_tokenizer(tmp_path: Path) -> None:

@@ -102,11 +102,12 @@ def fetch_command(
 def inspect_command(
     path: Annotated[str, typer.Argument(help="A prepared folder, a folder of shards, or text; empty = built-in.")] = "",
     tokenizer: Annotated[str, typer.Option(help="Tokenise text with this .model file.")] = "",
+    documents: Annotated[str, typer.Option(help="The original text of validation shards that lie without it.")] = "",
     field: Field = "text",
     as_json: AsJson = False,
 ) -> None:
     """Documents, tokens, bytes, the byte table against the true bytes, copies between training and validation."""
     from paramgolf.data.inspect import inspect, text_of
 
-    result = inspect(path, tokenizer=tokenizer, field=field, cache=_cache())
+    result = inspect(path, tokenizer=tokenizer, documents=documents, field=field, cache=_cache())
     _emit(result, as_json, text_of(result))

@@ -130,18 +130,22 @@ def check_stream(
     return oracle.result()
 
 
-def check_dataset(dataset: Dataset) -> ByteCheck | None:
-    """The validation part of a prepared dataset; None where it came without its documents."""
+def check_dataset(dataset: Dataset, tokenizer: Vocabulary | None = None) -> ByteCheck | None:
+    """The validation part of a prepared dataset; None where it came without its documents. `tokenizer`: another than
+    the one that lies with it."""
     if dataset.val_text is None:
         return None
-    return check_shards(dataset.val_shards, Source(dataset.val_text, "text"), dataset.tokenizer)
+    tokens = dataset.val_tokens()
+    texts = [document.data for document in Source(dataset.val_text, "text").documents()]
+    return check_stream(tokens, texts, tokenizer or dataset.tokenizer, where=str(dataset.val_text))
 
 
-def check_shards(shards: list[Path], documents: Source, tokenizer: Vocabulary) -> ByteCheck:
-    """Shards against the documents they were made of."""
+def check_shards(shards: list[Path], documents: list[Source], tokenizer: Vocabulary) -> ByteCheck:
+    """Shards against the documents they were made of, with which the sources begin."""
     tokens = np.concatenate([open_shard(path) for path in shards])
-    texts = [document.data for document in documents.documents()]
-    return check_stream(tokens, texts, tokenizer, where=str(documents.path))
+    texts = (document.data for source in documents for document in source.documents())
+    number = sum(1 for _ in _parts(tokens, tokenizer.bos_id))
+    return check_stream(tokens, list(itertools.islice(texts, number)), tokenizer, where=str(documents[0].path))
 
 
 def _parts(tokens: np.ndarray, bos_id: int) -> Iterator[np.ndarray]:

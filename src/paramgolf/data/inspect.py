@@ -10,31 +10,37 @@ import numpy as np
 
 from paramgolf.data import official, split
 from paramgolf.data.build import PASSPORT, read_inputs
-from paramgolf.data.byte_oracle import ByteOracle, check_shards, table_lines
+from paramgolf.data.byte_oracle import ByteOracle, check_dataset, check_shards, table_lines
 from paramgolf.data.dataset import Dataset
 from paramgolf.data.shards import open_shard
-from paramgolf.data.sources import Source
+from paramgolf.data.sources import Source, find
 from paramgolf.data.tokenizer import Tokenizer
+from paramgolf.errors import GolfError
 from paramgolf.recipe.sections import DataSection
 
 
-def inspect(source: str | Path, *, tokenizer: str | Path = "", field: str = "text", cache: Path) -> dict[str, Any]:
+def inspect(
+    source: str | Path, *, tokenizer: str | Path = "", documents: str | Path = "", field: str = "text", cache: Path
+) -> dict[str, Any]:
     """A JSON-able description of a prepared folder, a folder of shards, or text ("" = the built-in corpus).
 
-    Text is only tokenised when `tokenizer` names a model. GolfError for what cannot be read.
+    Text is only tokenised when `tokenizer` names a model. `documents`: the original text of the validation shards in
+    their order, where it is not in the folder; what it holds beyond them is not read. GolfError for what is unreadable.
     """
     folder = Path(source).expanduser()
     if str(source) and folder.is_dir() and ((folder / PASSPORT).is_file() or official.has_shards(folder)):
-        return _inspect_shards(folder, str(tokenizer))
+        return _inspect_shards(folder, str(tokenizer), find(documents, field)[0] if str(documents) else [])
+    if str(documents):
+        raise GolfError(f"--documents: {source or 'the built-in text'} is the documents themselves; leave it out")
     return _inspect_text(str(source), str(tokenizer), field, cache)
 
 
-def _inspect_shards(folder: Path, model: str) -> dict[str, Any]:
-    text: Path | None = None
+def _inspect_shards(folder: Path, model: str, documents: list[Source]) -> dict[str, Any]:
     tokenizer = Tokenizer.load(model) if model else None
+    dataset: Dataset | None = None
     if (folder / PASSPORT).is_file():
         dataset = Dataset.open(folder)
-        tokenizer, text = tokenizer or dataset.tokenizer, dataset.val_text
+        tokenizer = tokenizer or dataset.tokenizer
         train, val, kind = dataset.train_shards, dataset.val_shards, "prepared"
     else:
         train, val = official.shard_files(folder)
@@ -45,8 +51,12 @@ def _inspect_shards(folder: Path, model: str) -> dict[str, Any]:
     train_part, train_hashes = _side(train, tokenizer, bos, size)
     val_part, val_hashes = _side(val, tokenizer, bos, size)
     result: dict[str, Any] = {"path": str(folder), "kind": kind, **_tokenizer_facts(tokenizer)}
-    if text is not None and tokenizer is not None:
-        val_part["byte_table"] = check_shards(val, Source(text, "text"), tokenizer).as_dict()
+    if documents and tokenizer is None:
+        raise GolfError(f"{folder}: no tokenizer beside the shards; name it with --tokenizer")
+    if documents and tokenizer is not None:
+        val_part["byte_table"] = check_shards(val, documents, tokenizer).as_dict()
+    elif dataset is not None and (check := check_dataset(dataset, tokenizer)):
+        val_part["byte_table"] = check.as_dict()
     return {**result, "train": train_part, "val": val_part, "duplicates": _copies(train_hashes, val_hashes)}
 
 
