@@ -1,8 +1,8 @@
 """`golf plan`: bytes, parameters, steps and time of a recipe on this machine, before anything is trained.
 
 Bytes come from `forecast.plan_bytes`. Time comes from a finished run of the same recipe on the same machine where there
-is one, else from a few timed training steps on made-up tokens; steps then follow from the budgets as the training loop
-applies them.
+is one, else from what the machine remembers of such runs, else from a few timed training steps on made-up tokens; steps
+then follow from the budgets as the training loop applies them.
 """
 
 from __future__ import annotations
@@ -11,26 +11,30 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
+
+import torch
 
 from paramgolf.dist import init as init_dist
 from paramgolf.errors import GolfError
 from paramgolf.pack.forecast import SizePlan, plan_bytes
 from paramgolf.recipe.load import load_recipe, to_table
 from paramgolf.recipe.sections import Recipe
+from paramgolf.runner import machine
 from paramgolf.runner.environment import environment
 from paramgolf.runner.folder import RunFolder
 from paramgolf.runner.reserve import packing_seconds
 from paramgolf.runner.run import check
 from paramgolf.runner.summary import table_text
+from paramgolf.train import runtime
 from paramgolf.train.budget import Position, Shape, Window, all_shapes, shape_at, training_window
 from paramgolf.train.timing import StepTiming, time_steps
 
 STARTUP_SECONDS = 6.0  # imports and building the model on a slow disk, where no run says better
 TOKENIZER_BYTES_A_PIECE = 2.0  # of a tokenizer trained here, coded; where no run says better
 HISTORY_MARGIN = 0.02  # of the bytes of a run whose weights are stored in the same way
-_SAME = ("model", "optim", "train", "stages")  # sections that decide how long a step takes
-_STORED = ("model", "quant", "pack")  # and how many bytes come out
+_STORED = ("model", "quant", "pack")  # sections that decide how many bytes come out
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,8 @@ def make_plan(
     if history:
         before, timings, how = _from_history(recipe, history.record)
         how = f"from {history.path}"
+    elif known := _from_machine(recipe, device):
+        before, timings, how = known
     elif measure:
         if say is not None:
             say("timing a few training steps")
@@ -107,10 +113,10 @@ def find_history(recipe: Recipe, runs: Path) -> History | None:
         folder = RunFolder(path.parent)
         try:
             record = folder.read_record() or {}
-            table = to_table(load_recipe(str(folder.root / "recipe.toml")))
-            machine = record["environment"]
-            same = all(table[key] == to_table(recipe)[key] for key in _SAME)
-            if same and all(machine[key] == here[key] for key in ("cpu", "cpu_count", "gpus")):
+            other = load_recipe(str(folder.root / "recipe.toml"))
+            table, there = to_table(other), record["environment"]
+            same = machine.workload(other, threads=0) == machine.workload(recipe, threads=0)
+            if same and all(there[key] == here[key] for key in ("cpu", "cpu_count", "gpus")):
                 found.append((path.stat().st_mtime, folder, record, table))
         except (GolfError, KeyError, TypeError, OSError):
             continue  # another version's, or none of ours: no history
@@ -130,6 +136,20 @@ def _from_history(recipe: Recipe, record: dict[str, Any]) -> tuple[float, dict[t
     before = max(0.0, seconds["strict"] - sum(seconds.get(key, 0.0) for key in inside))
     a_token = training["train_seconds"] / max(1, record["train_tokens"])
     return before, {(s.seq_len, s.batch_tokens): a_token * s.step_tokens for s in all_shapes(recipe)}, ""
+
+
+def _from_machine(
+    recipe: Recipe, device: torch.device
+) -> tuple[float, dict[tuple[int, int], float], str] | None:  # fmt: skip
+    """The same from what this machine remembers of runs of this kind, wherever their folders are."""
+    shapes = all_shapes(recipe)
+    speeds = machine.history(recipe, threads=runtime.configure(recipe.train, device).threads)
+    if not speeds or len(shapes) > 1:  # a mean over several shapes says nothing about each
+        return None
+    seconds = median(speed.step_ms for speed in speeds) / 1e3
+    how = f"from {len(speeds)} earlier runs on this machine"
+    before = median(speed.setup_seconds for speed in speeds)
+    return before, {(shapes[0].seq_len, shapes[0].batch_tokens): seconds}, how
 
 
 def _from_timing(recipe: Recipe, timing: StepTiming) -> float:

@@ -157,7 +157,7 @@ class Packing:
     @cached_property
     def curves(self) -> Curves:
         hessians = self.hessians
-        with self._timed("measure"), self.phases.of("measuring what errors cost"):
+        with self._timed("measure"), self.phases.of("measuring what coarser steps cost"):
             return Curves(self.state, self.recipe, hessians, self._loss(PROBE_PHASE, self.recipe.pack.fit_tokens))
 
     @cached_property
