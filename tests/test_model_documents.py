@@ -132,3 +132,24 @@ def test_auto_prefers_kernels_for_documents_where_there_are_any() -> None:
     assert choice.name == "sdpa" and isinstance(choice.attend, ScaledDotProduct)
     with pytest.raises(GolfError, match="varlen needs a CUDA device"):
         choose("varlen", torch.device("cpu"), torch.bfloat16, 64, masked=True)
+
+
+def test_room_is_announced_for_one_pass() -> None:
+    model = masked(parts={})
+    choice, rooms = model.use_attention("math"), []
+
+    class Spy:
+        def mask(self, segments: Tensor, room: int, longest: int) -> Any:
+            rooms.append((room, longest))
+            return choice.mask(segments, room, longest)
+
+    model.attention = Spy()  # type: ignore[assignment]
+    few, many = documents(3, 4), documents(*[1] * 100)
+    model.expect_documents(many)
+    model.hidden(many)
+    model.expect_documents(few)
+    model.hidden(few)
+    model.hidden(few)
+    model.segment_len = 5
+    model.hidden(many)
+    assert rooms == [(256, 100), (256, 7), (64, 7), (128, 5)]

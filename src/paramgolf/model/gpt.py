@@ -58,7 +58,8 @@ class GPT(nn.Module):
         # length (rope_ref_len), to score a short window as the long ones that the model was trained on.
         self.context_len = 0
         self.segment_len = 0  # > 0: packed training rows, whose documents are cut after so many tokens
-        self.segment_room = 0  # > 0: kernels for packed rows are made for so many segments a pass
+        self.segment_room = 0  # kernels for packed rows are made for so many segments a pass
+        self._counted = False  # whether the next pass is known to fit in that
         width = section.embed_dim or section.dim
         self.tok_emb = nn.Embedding(vocab_size, width, _weight=torch.zeros(vocab_size, width))
         self.embed_proj = Linear(width, section.dim) if section.embed_dim else None
@@ -252,17 +253,18 @@ class GPT(nn.Module):
         if segments_BT is None:
             segments_BT = segment_numbers(ids_BT, self.segment_len)
         assert self.attention is not None
-        room = self.segment_room if self.training else 0
-        room = room or room_for(int(first_flags(segments_BT).sum()))
+        room = self.segment_room if self._counted else room_for(int(first_flags(segments_BT).sum()))
+        self._counted = False
         return self.attention.mask(segments_BT, room, self.segment_len or ids_BT.shape[1])
 
     def expect_documents(self, ids_BT: Tensor) -> None:
-        """Make room for as many segments as these rows have, before the passes over them. Cheap while the ids are on
-        the CPU; without it every pass must ask the device. A larger room compiles the layers again."""
+        """Make room for the segments of these rows, just before the pass over them. Cheap while the ids are on the CPU;
+        without it the pass must wait for the device to count. A larger room compiles the layers again."""
         if self.section.document_mask:
             count = int(first_flags(segment_numbers(ids_BT, self.segment_len)).sum())
             if count > self.segment_room:
                 self.segment_room = room_for(2 * count)
+            self._counted = True
 
     def embed(self, flow: Flow) -> Tensor:
         """(B, T, D) stream that enters the first layer; it is also the x0 of every residual mix."""
@@ -288,7 +290,7 @@ class GPT(nn.Module):
                 second = x.view_as(x)  # before the skip, which enters the first lane only
             if join >= 0 and stack:
                 x = self.join_skip(x, stack.pop(), join)
-            if second is not None:
+            if self.lanes is not None and second is not None:
                 x, second = self._two_lanes(position, index, (x, second), x0, rope, flow)
             elif flow.cache is None:
                 x = self._run_block(block, x, x0, rope, flow.extras)
