@@ -16,15 +16,18 @@ def audit_command(
     paths: Annotated[
         list[Path], typer.Argument(help="Folders of submissions (or a folder of such folders), or single scripts.")
     ],
+    execute: Annotated[
+        bool, typer.Option("--execute", help="Also run the script's model, in a process without network.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
 ) -> None:
-    """Check submissions against the public rules by reading them; nothing of them is executed.
+    """Check submissions against the public rules by reading them; nothing of them is executed without --execute.
 
     Exit code 1: there are violations; 0: there are none; 2: a path cannot be read.
     """
     from paramgolf.submit.audit.audit import audit, audit_text, expand
 
-    audits = [audit(path) for path in expand(paths)]
+    audits = [audit(path, execute=execute) for path in expand(paths)]
     violations = sum(result.violations for result in audits)
     if as_json:
         typer.echo(json.dumps({"violations": violations, "audits": [result.as_dict() for result in audits]}, indent=2))

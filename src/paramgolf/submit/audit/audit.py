@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from paramgolf.submit.audit.catalog import Finding, Severity, finding
+from paramgolf.submit.audit.execute import check as run_model
 from paramgolf.submit.audit.folder import Submission, read_submission
 from paramgolf.submit.audit.registry import CHECKS
 
@@ -35,8 +36,9 @@ class Audit:
         }
 
 
-def audit(path: str | Path) -> Audit:
-    """Audit the folder of a submission, or one script. Nothing of it is executed.
+def audit(path: str | Path, *, execute: bool = False) -> Audit:
+    """Audit the folder of a submission, or one script. Nothing of it is executed, unless `execute` asks for the check
+    of its model in a confined process (see execute.py).
 
     Raises GolfError when `path` itself cannot be read; every defect of what it holds is a Finding.
     """
@@ -47,6 +49,7 @@ def audit(path: str | Path) -> Audit:
         for item in _run(name, submission):
             found.setdefault((item.code, item.message), []).append(item)
     findings = [_merged(alike) for alike in found.values()]
+    findings += list(run_model(submission)) if execute else []
     return Audit(path.resolve().name, sorted(findings, key=lambda f: _ORDER.index(f.severity)))
 
 

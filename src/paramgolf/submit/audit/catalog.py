@@ -146,6 +146,11 @@ CATALOG: dict[str, Kind] = {
     "eval-ppm": Kind(W, "PPM mixing at evaluation", FOUR),
     "eval-logit-bias": Kind(V, "logit bias fitted at evaluation (ETLB)", FOUR),
     "eval-temperature": Kind(W, "temperature fitted at evaluation: data not determined", FOUR),
+    # run in a confined process, with --execute only
+    "exec-causal": Kind(V, "when run, the script's model reads later tokens", FOUR),
+    "exec-normalised": Kind(V, "when run, the script's model gives no normalised distribution", FOUR),
+    "exec-passed": Kind(N, "when run, the script's model is causal and normalised", FOUR),
+    "exec-unknown": Kind(N, "running the script's model: not determined", FOUR),
 }
 
 
