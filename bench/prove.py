@@ -180,33 +180,37 @@ def print_differences(found: Rows) -> None:
 
 
 def files(options: argparse.Namespace, text: Path) -> Rows:
-    """compress and decompress, of the text and of `--whole` times as much."""
-    rows = {}
+    """compress and decompress, of the text and of `--whole` times as much, that also with `--stride`."""
     more = text.with_name("whole.txt")
     more.write_bytes(validation_text(options, options.whole * text.stat().st_size))
-    for name, source in {"text": text, "more": more}.items():
-        packed, back = source.with_suffix(".gtx"), source.with_suffix(".back")
-        given = ["-m", str(options.model), "--stride", str(options.stride), "-o", str(packed)]
-        seconds, memory, _ = run_golf("compress", str(source), *given)
-        size = source.stat().st_size
-        rows[name] = {"bytes": size, "packed": packed.stat().st_size, "encode": size / seconds, "encode_memory": memory}
-        seconds, memory, _ = run_golf("decompress", str(packed), "-m", str(options.model), "-o", str(back))
-        if back.read_bytes() != source.read_bytes():
-            raise RuntimeError(f"{source} did not come back")
-        rows[name] |= {"decode": size / seconds, "decode_memory": memory}
-        rows[name]["peers"] = {peer: row["bytes"] for peer, row in compress_peers(source).items()}
-        packed.unlink()
-        back.unlink()
-    return {"stride": options.stride, "model_bytes": options.model.stat().st_size, "rows": rows}
+    rows = [there_and_back(options.model, text, 0), there_and_back(options.model, more, 0)]
+    if options.stride:
+        rows.append(there_and_back(options.model, more, options.stride))
+    return {"model_bytes": options.model.stat().st_size, "rows": rows}
+
+
+def there_and_back(model: Path, source: Path, stride: int) -> Rows:
+    packed, back = source.with_suffix(".gtx"), source.with_suffix(".back")
+    there = run_golf("compress", str(source), "-m", str(model), "--stride", str(stride), "-o", str(packed))
+    again = run_golf("decompress", str(packed), "-m", str(model), "-o", str(back))
+    if back.read_bytes() != source.read_bytes():
+        raise RuntimeError(f"{source} did not come back")
+    size, small = source.stat().st_size, packed.stat().st_size
+    packed.unlink()
+    back.unlink()
+    return {
+        "stride": stride, "bytes": size, "packed": small, "encode": size / there[0], "encode_memory": there[1],
+        "decode": size / again[0], "decode_memory": again[1],
+        "peers": {peer: int(row["bytes"]) for peer, row in compress_peers(source).items()},
+    }  # fmt: skip
 
 
 def print_files(found: Rows) -> None:
-    print(
-        f"golf compress, stride {found['stride'] or 'of the window'}; model.golf, not counted: {found['model_bytes']:,}"
-    )
-    for row in found["rows"].values():
+    print(f"golf compress and decompress; model.golf ({found['model_bytes']:,} bytes) is not counted")
+    for row in found["rows"]:
         size = row["bytes"]
-        print(f"  {size:,} bytes to {row['packed']:,}: {8 * row['packed'] / size:.4f} bits per byte", end="")
+        print(f"  {size:,} bytes, stride {row['stride'] or 'of the window'}: {row['packed']:,}", end="")
+        print(f" ({8 * row['packed'] / size:.4f} bits per byte)", end="")
         for what in ("encode", "decode"):
             print(f"; {what} {row[what] / 1000:.1f} kB/s, {row[f'{what}_memory'] / 2**20:.0f} MiB", end="")
         print()
@@ -299,7 +303,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="a text file, .xz or not; default: the shared validation text")
     parser.add_argument("--bytes", type=int, default=1_000_000)
     parser.add_argument("--whole", type=int, default=4, help="`files` also takes so many times the text")
-    parser.add_argument("--stride", type=int, default=0, help="of `files`")
+    parser.add_argument("--stride", type=int, default=0, help="`files` also compresses with this one")
     parser.add_argument("--difference-tokens", type=int, default=16_384)
     parser.add_argument("--only", default="", help=f"some of {','.join(SECTIONS)}")
     parser.add_argument("--quick", action="store_true", help="small full-size and zeros parts, to see that it works")
