@@ -153,3 +153,15 @@ def test_room_is_announced_for_one_pass() -> None:
     model.segment_len = 5
     model.hidden(many)
     assert rooms == [(256, 100), (256, 7), (64, 7), (128, 5)]
+
+
+def test_rows_too_long_for_a_mask_refuse_to_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("paramgolf.model.backends.DENSE_LENGTH", 8)
+    model = masked(parts={})
+    x = documents(6, 4, 9)
+    expected = model.logits(x)
+    model.compile_regions(backend="eager")
+    with pytest.raises(torch._dynamo.exc.TorchDynamoException):  # training then goes on uncompiled and says why
+        model.logits(x)
+    with model.eager():
+        assert torch.equal(model.logits(x), expected)

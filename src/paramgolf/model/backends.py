@@ -80,6 +80,8 @@ class ScaledDotProduct:
 
     def _one_by_one(self, q: Tensor, k: Tensor, v: Tensor, ends: list[int]) -> Tensor:
         """Each segment of the flattened rows by itself."""
+        if torch.compiler.is_compiling():  # every batch would be a graph of its own
+            raise RuntimeError(f"documents in rows above {DENSE_LENGTH} tokens cannot be compiled with this kernel")
         flat = [t.flatten(0, 1).unsqueeze(0) for t in (q, k, v)]
         pieces = [self(*(t[:, a:b] for t in flat)) for a, b in pairwise(ends)]
         return torch.cat(pieces, 1).view_as(q)

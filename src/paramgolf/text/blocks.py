@@ -76,7 +76,7 @@ class TextModel:
         """Lanes that fit in the decoder's memory."""
         section = self.model.section
         width = section.dim // section.num_heads * section.num_kv_heads
-        return CACHE_BYTES // (8 * section.num_layers * seq_len * width)
+        return CACHE_BYTES // (8 * len(self.model.order.layers) * seq_len * width)
 
     def lanes(self, size: int) -> int:
         """Lanes to cut `size` bytes into."""
