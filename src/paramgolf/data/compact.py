@@ -44,6 +44,11 @@ def pack(model: bytes) -> bytes:
             coded = _Coder(chars, len(merges)).encode(merges)
             if coded is not None and unpack(kind + coded) == model:
                 return kind + coded
+    return plain(model)
+
+
+def plain(model: bytes) -> bytes:
+    """The form that any model file has."""
     return b"\0" + lzma.compress(model, lzma.FORMAT_RAW, filters=_FILTERS)
 
 

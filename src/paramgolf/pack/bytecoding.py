@@ -12,6 +12,8 @@ from paramgolf.errors import GolfError
 RAW, ZLIB, ZSTD, LZMA, LZMA_BINARY, BROTLI = range(6)
 NAMES = {RAW: "raw", ZLIB: "zlib", ZSTD: "zstd", LZMA: "lzma", LZMA_BINARY: "lzma-binary", BROTLI: "brotli"}
 MAX_LEVEL = {RAW: 0, ZLIB: 9, ZSTD: 22, LZMA: 9, LZMA_BINARY: 9, BROTLI: 11}
+STANDARD = (RAW, ZLIB, LZMA, LZMA_BINARY)  # those that Python itself has
+LIBRARIES = {"zstd": (ZSTD,), "brotli": (BROTLI,)}
 _MAX_DICTIONARY = 1 << 26
 
 
@@ -38,12 +40,22 @@ def compress(data: bytes, coder: int, level: int = -1) -> bytes:
     if coder in (LZMA, LZMA_BINARY):
         return lzma.compress(data, lzma.FORMAT_RAW, filters=_lzma_filters(coder, level, len(data)))
     if coder == ZSTD:
-        import zstandard
+        return _compress_zstd(data, level)
+    if coder == BROTLI:
+        return _compress_brotli(data, level)
+    raise ValueError(f"no byte coder {coder}")
 
-        parameters = zstandard.ZstdCompressionParameters.from_level(
-            max(level, 1), source_size=len(data), format=zstandard.FORMAT_ZSTD1_MAGICLESS, write_content_size=True
-        )
-        return zstandard.ZstdCompressor(compression_params=parameters).compress(data)
+
+def _compress_zstd(data: bytes, level: int) -> bytes:
+    import zstandard
+
+    parameters = zstandard.ZstdCompressionParameters.from_level(
+        max(level, 1), source_size=len(data), format=zstandard.FORMAT_ZSTD1_MAGICLESS, write_content_size=True
+    )
+    return zstandard.ZstdCompressor(compression_params=parameters).compress(data)
+
+
+def _compress_brotli(data: bytes, level: int) -> bytes:
     import brotli
 
     window = max(10, min(24, _dictionary_size(len(data)).bit_length()))
@@ -95,7 +107,9 @@ def _expand(data: bytes, coder: int, size: int) -> bytes:
         return out
     if coder == ZSTD:
         return _expand_zstd(data, size)
-    return _expand_brotli(data, size)
+    if coder == BROTLI:
+        return _expand_brotli(data, size)
+    raise ValueError("no such coder")
 
 
 def _expand_zstd(data: bytes, size: int) -> bytes:

@@ -24,6 +24,7 @@ import numpy as np
 
 from paramgolf.errors import GolfError
 from paramgolf.files import atomic_write
+from paramgolf.pack import bytecoding
 from paramgolf.pack import manifest as manifests
 from paramgolf.pack.codecs.base import CodeSpec, CodeTensor
 from paramgolf.pack.coding import encode_codes
@@ -36,6 +37,7 @@ from paramgolf.pack.wire import Reader, varint
 MAGIC = b"GOLF"
 VERSION = 1
 DIGEST_BYTES = 16
+BYTE_CODECS = frozenset({"raw", "zlib", "zstd", "lzma", "brotli"})
 SECTIONS = ("codes", "scales", "kept", "tokenizer")
 MAX_FILE = 1 << 31
 # Memory a file may ask for: enough for any real model (all-zero weights included), small for a small hostile file.
@@ -70,6 +72,9 @@ def encode_artifact(artifact: Artifact, codec: str = "auto", level: int = -1) ->
         tensor.check_finite()
     specs = [t.spec for t in tensors]
     quantised = [t for t in tensors if t.spec.bits]
+    # A recipe that names a byte coder gets a file that needs no other library.
+    adaptive = codec not in BYTE_CODECS
+    coders = tuple(bytecoding.NAMES) if adaptive else (*bytecoding.STANDARD, *bytecoding.LIBRARIES.get(codec, ()))
     code_tensors = [CodeTensor(_code_spec(t.spec, t.scale), t.values) for t in quantised]
     name, codes = encode_codes(code_tensors, codec, level) if quantised else ("raw", b"")
     own: dict[str, Any] = {
@@ -85,8 +90,8 @@ def encode_artifact(artifact: Artifact, codec: str = "auto", level: int = -1) ->
         raise GolfError("tensors on one grid differ in bits, scale type or packing; give each kind its own grid")
     sections = {
         "codes": codes,
-        "scales": encode_arrays([t.scale for t in quantised if t.scale is not None]),
-        "kept": encode_arrays([t.values for t in tensors if not t.spec.bits]),
+        "scales": encode_arrays([t.scale for t in quantised if t.scale is not None], coders, adaptive),
+        "kept": encode_arrays([t.values for t in tensors if not t.spec.bits], coders, adaptive),
         "tokenizer": artifact.tokenizer,
         **{f"extra {key}": artifact.extra[key] for key in own["extra"]},
     }
@@ -152,6 +157,18 @@ def decode_artifact(data: bytes, where: str = "the artifact") -> Artifact:
     bodies = [reader.take(length) for length in lengths]
     tensors = _decode_tensors(specs, manifest.get("codec"), bodies, where)
     return Artifact(manifest, tensors, bodies[3], dict(zip(extras, bodies[len(SECTIONS) :], strict=True)))
+
+
+def decode_known(
+    data: bytes, specs: Sequence[TensorSpec], codec: str, where: str = "the artifact"
+) -> list[StoredTensor]:
+    """The tensors of a file whose table and codec the caller knows, as who has just written it does."""
+    reader = _open(data, where)
+    reader.varint(manifests.MAX_BYTES)
+    reader.take(reader.varint(len(reader)))
+    lengths = [reader.varint(len(data)) for _ in SECTIONS]
+    bodies = [reader.take(length) for length in lengths]
+    return _decode_tensors([specs[i] for i in manifests.canonical_order(specs)], codec, bodies, where)
 
 
 def _open(data: bytes, where: str) -> Reader:

@@ -28,17 +28,22 @@ def _groups(dtypes: Sequence[str]) -> list[tuple[str, list[int]]]:
     return list(groups.items())
 
 
-def encode_arrays(arrays: Sequence[np.ndarray]) -> bytes:
-    """Lossless, bit for bit (little-endian); types and shapes are not in the bytes."""
+def encode_arrays(
+    arrays: Sequence[np.ndarray], coders: Sequence[int] = tuple(bytecoding.NAMES), adaptive: bool = True
+) -> bytes:
+    """Lossless, bit for bit (little-endian); types and shapes are not in the bytes.
+
+    `coders` are the byte coders to choose from, `adaptive` whether adaptive bits may be taken.
+    """
     out = bytearray()
     for dtype, members in _groups([a.dtype.name for a in arrays]):
         little = np.dtype(dtype).newbyteorder("<")
         stream = b"".join(np.ascontiguousarray(arrays[i], dtype=little).tobytes() for i in members)
         planes = bytearray()
         for plane in np.frombuffer(stream, np.uint8).reshape(-1, little.itemsize).T:
-            coder, coded = bytecoding.smallest(plane.tobytes())
+            coder, coded = bytecoding.smallest(plane.tobytes(), coders)
             planes += bytes([coder]) + varint(len(coded)) + coded
-        if dtype in ("float16", "float32") and len(stream) <= _MOST_FLOATS * little.itemsize:
+        if adaptive and dtype in ("float16", "float32") and len(stream) <= _MOST_FLOATS * little.itemsize:
             coded = encode_floats([arrays[i] for i in members])
             if 1 + len(varint(len(coded))) + len(coded) < len(planes):
                 planes = bytearray([_FLOATS]) + varint(len(coded)) + coded

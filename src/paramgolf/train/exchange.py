@@ -20,7 +20,7 @@ class Exchange:
 
     def __init__(self, parameters: Sequence[Tensor], dist: Dist, matrix: Muon | None = None) -> None:
         self.dist = dist
-        self._places = matrix.places() if matrix is not None else []
+        self._places: Sequence[tuple[Tensor, int, int]] = matrix.places() if matrix is not None else ()
         scattered = {id(p) for p, _, _ in self._places}
         self._parameters = [p for p in parameters if id(p) not in scattered]
         self._row = matrix.row if matrix is not None else 0
