@@ -20,6 +20,7 @@ from paramgolf.cli_audit import app as audit_app
 from paramgolf.cli_data import app as data_app
 from paramgolf.cli_lab import app as lab_app
 from paramgolf.cli_pack import app as pack_app
+from paramgolf.cli_submit import app as submit_app
 from paramgolf.cli_sweep import app as sweep_app
 from paramgolf.errors import CheckFailed, GolfError, on_every_rank
 
@@ -36,6 +37,7 @@ app.add_typer(lab_app)
 app.add_typer(pack_app)
 app.add_typer(sweep_app)
 app.add_typer(audit_app)
+app.add_typer(submit_app)
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, e.g. model.mlp_hidden=1488")]

@@ -1,0 +1,293 @@
+"""The training script of a submission under the official layout: environment in, log lines and one artifact out.
+
+    DATA_PATH=... TOKENIZER_PATH=... SEED=1337 torchrun --standalone --nproc_per_node=8 train_gpt.py
+
+This is where `generate` starts collecting the package. It does what a run does from its data to its score, by the same
+pieces in the same order, without a run folder: no checkpoints, no resume, no report.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import sentencepiece
+import torch
+import torch.distributed as torch_dist
+from torch import nn
+
+from paramgolf.data import compact
+from paramgolf.data.official import shard_files
+from paramgolf.data.shards import open_shard
+from paramgolf.data.token_bytes import TokenBytes
+from paramgolf.data.tokenizer import Tokenizer
+from paramgolf.dist import Dist, init
+from paramgolf.model.attention import AttentionChoice
+from paramgolf.model.backends import ScaledDotProduct
+from paramgolf.model.gpt import GPT
+from paramgolf.pack.container import Artifact, decode_known, encode_artifact
+from paramgolf.pack.packer import manifest_of
+from paramgolf.quant.export import export, restore
+from paramgolf.quant.hessian import collect
+from paramgolf.quant.plan import tensor_table
+from paramgolf.quant.registry import calibrated
+from paramgolf.recipe.sections import Recipe
+from paramgolf.score.scorer import Score, score
+from paramgolf.train import runtime
+from paramgolf.train.assemble import assemble, final_model
+from paramgolf.train.budget import all_shapes, training_window
+from paramgolf.train.callbacks import Callback, StepInfo
+from paramgolf.train.clock import Clock
+from paramgolf.train.finish import finish, selection_seconds
+from paramgolf.train.loop import Parts, Trainer
+from paramgolf.train.signals import Interrupts
+
+BLANK = "\u2581"  # SentencePiece writes a blank as this character
+ARTIFACT = "final_model.golf"
+PACK_SECONDS = 8.0  # a million weights, where the budget must also hold quantising and coding
+
+
+def main(recipe: Recipe) -> None:
+    """Train, pack, read back and score; every rank of a torchrun calls it."""
+    seed = int(os.environ.get("SEED", recipe.train.seed))
+    recipe = replace(recipe, train=replace(recipe.train, seed=seed))
+    clock = Clock()
+    dist = init(recipe.train.device)
+    log = Log(dist, recipe)
+    with clock.phase("data", outside=True):
+        tokenizer = Tokenizer.load(os.environ.get("TOKENIZER_PATH", "./data/tokenizers/fineweb_1024_bpe.model"))
+        train, val = shard_files(Path(os.environ.get("DATA_PATH", "./data/datasets/fineweb10B_sp1024")))
+        shards: list[np.ndarray] = [open_shard(path) for path in train]
+        tokens = np.concatenate([open_shard(path, tokenizer.vocab_size) for path in val])
+    log.note(f"seed:{seed} world_size:{dist.world} train_shards:{len(train)} val_tokens:{len(tokens) - 1}")
+    model, dtype = train_model(recipe, shards, tokenizer.vocab_size, dist, clock, log)
+    floats = measure(model, tokens, tokenizer, recipe, dist, stride=0)
+    log.note(f"step:{log.step}/{log.step} val_loss:{floats.val_loss:.4f} val_bpb:{floats.val_bpb:.4f} {log.times()}")
+    artifact = Path(ARTIFACT)
+    size = pack(model, shards, recipe, tokenizer, dtype, dist, artifact)
+    dist.barrier()
+    decoded = GPT(recipe.model, tokenizer.vocab_size)
+    shapes = {name: tuple(tensor.shape) for name, tensor in decoded.state_dict().items()}
+    specs = tensor_table(shapes, recipe.quant, recipe.model.num_layers)
+    decoded.load_state_dict(restore(decode_known(artifact.read_bytes(), specs, recipe.pack.codec)))
+    decoded.compute_dtype, decoded.context_len = model.compute_dtype, recipe.train.seq_len
+    decoded = decoded.to(dist.device).eval()
+    log.sizes(model, size, recipe.pack.codec)
+    for stride in dict.fromkeys((0, recipe.score.stride)):
+        log.round_trip(measure(decoded, tokens, tokenizer, recipe, dist, stride=stride), recipe.pack.codec)
+    dist.close()
+
+
+def train_model(
+    recipe: Recipe, shards: list[np.ndarray], vocab_size: int, dist: Dist, clock: Clock, log: Log
+) -> tuple[GPT, str]:
+    """The trained weights in a model of their own, in evaluation mode, and the name of the activations' type."""
+    section = recipe.train
+    chosen = runtime.configure(section, dist.device)
+    parts, held_out = assemble(recipe, shards, vocab_size, chosen.dtype, clock, dist, log, Interrupts())
+    if section.compile == "on" or (section.compile == "auto" and dist.device.type == "cuda"):
+        warm_up(parts)  # and again from the start: the compiled code stays
+        runtime.seed_all(section.seed)
+        parts, held_out = assemble(recipe, shards, vocab_size, chosen.dtype, clock, dist, log, Interrupts())
+        parts.model.compile_regions()
+    model, trainer = parts.model, Trainer(parts)
+    log.note(f"model_params:{sum(p.numel() for p in model.parameters())}")
+    model.train()
+    reserve = selection_seconds(recipe)
+    if recipe.budget.count_packing:
+        reserve += 1.0 + PACK_SECONDS * sum(p.numel() for p in model.parameters()) / 1e6
+    trainer.begin(lambda origin: training_window(recipe, origin, reserve))
+    reason = trainer.run()
+    log.note(f"stopping: {reason} {log.times()} step:{trainer.at.step}")
+    finish(trainer, held_out, reserve)
+    return final_model(model, recipe, vocab_size, dist.device), str(chosen.dtype).removeprefix("torch.")
+
+
+def warm_up(parts: Parts) -> None:
+    """Throw-away steps in every mode and shape that training will see, so that nothing is compiled later."""
+    recipe, modes = parts.recipe, parts.modes
+    parts.model.compile_regions()
+    parts.model.train()
+    for mode in reversed(modes.states):
+        for shape in all_shapes(recipe):
+            modes.set(mode)
+            parts.stepper.enter(shape.seq_len)
+            parts.loader.set_shape(shape.seq_len, shape.batch_tokens)
+            for _ in range(max(1, recipe.schedule.warmup_steps // len(modes.states))):
+                parts.stepper.accumulate(parts.loader.next_batch, shape.step_tokens)
+                parts.opts.clip(recipe.optim.grad_clip)
+                parts.opts.step(1.0, recipe.optim.momentum)
+                parts.stepper.report()
+                parts.opts.zero_grad()
+
+
+def pack(
+    model: GPT, shards: list[np.ndarray], recipe: Recipe, tokenizer: Tokenizer, dtype: str, dist: Dist, path: Path
+) -> int:
+    """Quantise, code and write the artifact on the main rank; its bytes as the challenge counts them: no tokenizer."""
+    hessians = None
+    if calibrated(recipe.quant):
+        hessians = collect(
+            model, shards, seq_len=recipe.train.seq_len, tokens=recipe.quant.calibration_tokens, dist=dist
+        )
+    if not dist.is_main:
+        return 0
+    tensors = export(model.state_dict(), recipe.quant, recipe.model.num_layers, hessians)
+    vocabulary = tokenizer.compact()
+    artifact = Artifact(manifest_of(recipe, tokenizer.vocab_size, dtype), tensors, vocabulary)
+    data = encode_artifact(artifact, recipe.pack.codec, recipe.pack.level).data
+    path.write_bytes(data)
+    return len(data) - len(vocabulary)
+
+
+def measure(model: GPT, tokens: np.ndarray, tokenizer: Tokenizer, recipe: Recipe, dist: Dist, stride: int) -> Score:
+    """The score of the whole validation stream; `stride` 0 = windows side by side."""
+    section = recipe.score
+    return score(
+        model, tokens, token_bytes=tokenizer.token_bytes, seq_len=section.seq_len or recipe.train.seq_len,
+        stride=stride, batch_tokens=section.batch_tokens, dist=dist, windows=section.windows, lane_count=section.lanes,
+        limit_seconds=recipe.budget.eval_seconds,
+    )  # fmt: skip
+
+
+class GivenTokenizer:
+    """What scoring and the artifact need of a tokenizer that somebody else made, as SentencePiece tells it."""
+
+    def __init__(self, model: bytes) -> None:
+        self.model = model
+        pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+        self.vocab_size = pieces.vocab_size()
+        base, space, boundary = np.zeros(self.vocab_size, np.int16), *np.zeros((2, self.vocab_size), bool)
+        for i in range(self.vocab_size):
+            boundary[i] = pieces.is_control(i) or pieces.is_unknown(i) or pieces.is_unused(i)
+            text = pieces.id_to_piece(i)
+            space[i] = text.startswith(BLANK) and not boundary[i]
+            if not boundary[i]:
+                base[i] = 1 if pieces.is_byte(i) else len(text.removeprefix(BLANK).replace(BLANK, " ").encode())
+        self.token_bytes = TokenBytes(base, space, boundary)
+
+    @classmethod
+    def load(cls, path: str) -> GivenTokenizer:
+        return cls(Path(path).read_bytes())
+
+    def compact(self) -> bytes:
+        """The bytes that the artifact carries."""
+        return compact.plain(self.model)
+
+
+class Log(Callback):
+    """The lines of the official log, on the main rank: on standard output and, with the source above, in a file."""
+
+    def __init__(self, dist: Dist, recipe: Recipe) -> None:
+        self.on = dist.is_main
+        self.every = recipe.train.log_every
+        self.steps = recipe.budget.steps
+        self.source = Path(__file__).read_bytes()
+        self.path = Path("logs") / f"{os.environ.get('RUN_ID') or f'seed{recipe.train.seed}-{int(time.time())}'}.txt"
+        self.step, self.seconds = 0, 0.0
+        if self.on:
+            self.path.parent.mkdir(exist_ok=True)
+            self.path.write_bytes(self.source + b"\n" + b"=" * 100 + b"\n")
+
+    def note(self, text: str) -> None:
+        if self.on:
+            print(text, flush=True)
+            with self.path.open("a", encoding="utf-8") as stream:
+                stream.write(f"{text}\n")
+
+    def on_step(self, info: StepInfo, fraction: float, model: nn.Module) -> None:
+        self.step, self.seconds = info.step, info.elapsed
+        if info.step == 1 or info.step % self.every == 0:
+            self.note(f"step:{info.step}/{self.steps or '?'} train_loss:{info.loss:.6f} {self.times()}")
+
+    def times(self) -> str:
+        """Training time so far, as the official lines have it."""
+        return f"train_time:{1e3 * self.seconds:.0f}ms step_avg:{1e3 * self.seconds / max(self.step, 1):.2f}ms"
+
+    def sizes(self, model: GPT, size: int, codec: str) -> None:
+        """What counts towards the cap: this file and the coded weights."""
+        plain = 4 * sum(p.numel() for p in model.parameters())
+        self.note(f"Serialized model: {plain} bytes")
+        self.note(f"Code size: {len(self.source)} bytes")
+        self.note(f"Serialized model {codec}: {size} bytes")
+        self.note(f"Total submission size {codec}: {size + len(self.source)} bytes")
+
+    def round_trip(self, result: Score, codec: str) -> None:
+        name = f"final_{codec}_roundtrip" + ("_sliding" if result.sliding else "")
+        facts = f"targets:{result.scored_tokens} bytes:{result.scored_bytes}"
+        seconds = f"eval_time:{1e3 * result.seconds:.0f}ms"
+        self.note(f"{name} val_loss:{result.val_loss:.4f} val_bpb:{result.val_bpb:.4f} {seconds} {facts}")
+        self.note(f"{name}_exact val_loss:{result.val_loss:.8f} val_bpb:{result.val_bpb:.8f}")
+
+
+# Plain forms of what the package does with more care; `facts.SUBSTITUTES` puts them in the place of the careful ones.
+
+
+class Stopwatch:
+    """The clocks of one process: since its start without phases outside the budget, and since the first step."""
+
+    def __init__(self) -> None:
+        self.zero = time.monotonic()
+        self.first = 0.0
+
+    def strict(self) -> float:
+        return time.monotonic() - self.zero
+
+    def spent(self, kind: str) -> float:
+        return time.monotonic() - (self.first if kind == "challenge" else self.zero)
+
+    def start_challenge(self) -> None:
+        self.first = time.monotonic()
+
+    @contextmanager
+    def phase(self, name: str, *, outside: bool = False) -> Iterator[None]:
+        begun = time.monotonic()
+        yield
+        if outside:
+            self.zero += time.monotonic() - begun
+
+
+def join(device: str) -> Dist:
+    """The process group that torchrun names."""
+    world, rank, local_rank = (
+        int(os.environ.get(n, d)) for n, d in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0))
+    )
+    cuda = torch.cuda.is_available() if device == "auto" else device.startswith("cuda")
+    where = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(where)
+    if world > 1:
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        torch_dist.init_process_group(backend, rank=rank, world_size=world, timeout=timedelta(hours=2))
+    return Dist(rank, world, where)
+
+
+def raise_together(dist: Dist, error: BaseException | None) -> None:
+    if error is not None or dist.world > 1:
+        raise error or RuntimeError("another rank failed")
+
+
+def default_threads() -> int:
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, torch.get_num_threads() // (1 if "OMP_NUM_THREADS" in os.environ else ranks))
+
+
+def choose(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, masked: bool = False) -> AttentionChoice:
+    return AttentionChoice("sdpa", "", ScaledDotProduct())
+
+
+def read_config(config_class: type, table: dict[str, Any], where: str) -> Any:
+    """A part's settings; they were checked when the script was made."""
+    return config_class(**table)
+
+
+def unchanged(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Where a recipe has no corrections in its artifact."""
+    return dict(arrays)

@@ -1,0 +1,157 @@
+"""Statements merged where that changes nothing: neighbouring assignments, branches that only return, last values."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+
+from paramgolf.script.source import FunctionNode
+from paramgolf.script.text import Edit, Text, apply
+
+WIDTH = 120
+_PASSES = 30
+
+
+def tighten(text: str) -> str:
+    """`text` with fewer lines and the same meaning; comments inside merged statements would be lost."""
+    for _ in range(_PASSES):
+        place = Text(text)
+        edits = [edit for body, function in _suites(ast.parse(text)) for edit in _merges(body, function, place)]
+        if not edits:
+            break
+        text = apply(text, edits)
+    return text
+
+
+def _suites(tree: ast.AST, function: ast.AST | None = None) -> Iterator[tuple[list[ast.stmt], ast.AST | None]]:
+    """Every list of statements with the function it is in."""
+    for _, value in ast.iter_fields(tree):
+        statements = isinstance(value, list) and value and isinstance(value[0], ast.stmt)
+        if statements and not isinstance(tree, ast.Module | ast.ClassDef):
+            yield value, tree if isinstance(tree, FunctionNode) else function
+        for part in value if isinstance(value, list) else [value]:
+            if isinstance(part, ast.AST):
+                yield from _suites(part, part if isinstance(part, FunctionNode) else function)
+
+
+def _merges(body: list[ast.stmt], function: ast.AST | None, place: Text) -> Iterator[Edit]:
+    at = 0
+    while at < len(body):
+        one, two = body[at], body[at + 1] if at + 1 < len(body) else None
+        line = _ternary(one, place)
+        if line is None and two is not None:
+            line = _conditional_return(one, two, place) or _returned_value(one, two, function, place)
+            line = line or _joined(one, two, place)
+            last = two
+        else:
+            last = one
+        if line is not None and one.col_offset + len(line) <= WIDTH:
+            first, end = one.lineno, last.end_lineno or 0
+            yield place.whole_lines(first, end, f"{' ' * one.col_offset}{line}\n")
+            at += 1 if last is one else 2
+        else:
+            at += 1
+
+
+def _value(node: ast.expr | None, place: Text) -> str | None:
+    """The text of an expression on one line, in brackets where it would not bind."""
+    if node is None or node.lineno != node.end_lineno:
+        return None
+    text = place.of(node)
+    return f"({text})" if isinstance(node, ast.IfExp | ast.Lambda | ast.NamedExpr | ast.Yield) else text
+
+
+def _ternary(node: ast.stmt, place: Text) -> str | None:
+    """`x = a if c else b` for an `if` whose branches only bind one name."""
+    if not isinstance(node, ast.If) or len(node.body) != 1 or len(node.orelse) != 1:
+        return None
+    yes, no = node.body[0], node.orelse[0]
+    if place.line(node.lineno).lstrip().startswith("elif"):
+        return None
+    if isinstance(yes, ast.Return) and isinstance(no, ast.Return):
+        parts = [_value(yes.value, place), _value(node.test, place), _value(no.value, place)]
+        return None if None in parts else f"return {parts[0]} if {parts[1]} else {parts[2]}"
+    if not isinstance(yes, ast.Assign) or not isinstance(no, ast.Assign):
+        return None
+    if ast.dump(yes.targets[0]) != ast.dump(no.targets[0]) or isinstance(yes.targets[0], ast.Tuple):
+        return None
+    parts = [_value(yes.value, place), _value(node.test, place), _value(no.value, place)]
+    return None if None in parts else f"{place.of(yes.targets[0])} = {parts[0]} if {parts[1]} else {parts[2]}"
+
+
+def _conditional_return(one: ast.stmt, two: ast.stmt, place: Text) -> str | None:
+    """`return a if c else b` for `if c: return a` before `return b`."""
+    if not isinstance(one, ast.If) or one.orelse or len(one.body) != 1 or not isinstance(two, ast.Return):
+        return None
+    inner = one.body[0]
+    if not isinstance(inner, ast.Return) or place.line(one.lineno).lstrip().startswith("elif"):
+        return None
+    if any(isinstance(node, ast.IfExp) for value in (inner.value, two.value) if value for node in ast.walk(value)):
+        return None
+    if isinstance(inner.value, ast.Tuple) or isinstance(two.value, ast.Tuple):
+        return None
+    parts = [_value(inner.value, place), _value(one.test, place), _value(two.value, place)]
+    if None in parts or "True" in parts or "False" in parts:
+        return None
+    return f"return {parts[0]} if {parts[1]} else {parts[2]}"
+
+
+def _returned_value(one: ast.stmt, two: ast.stmt, function: ast.AST | None, place: Text) -> str | None:
+    """`return e` for `x = e` before `return x`, where nothing else uses x."""
+    if not isinstance(one, ast.Assign) or not isinstance(two, ast.Return) or not isinstance(two.value, ast.Name):
+        return None
+    target = one.targets[0]
+    if function is None or len(one.targets) != 1 or not isinstance(target, ast.Name) or target.id != two.value.id:
+        return None
+    uses = sum(isinstance(node, ast.Name) and node.id == target.id for node in ast.walk(function))
+    if uses != 2 or one.value.lineno != one.value.end_lineno:
+        return None
+    return f"return {place.of(one.value)}"
+
+
+def _joined(one: ast.stmt, two: ast.stmt, place: Text) -> str | None:
+    """`a, b = x, y` for `a = x` before `b = y`, where y does not depend on a."""
+    first, second = _pairs(one), _pairs(two)
+    if first is None or second is None:
+        return None
+    targets = [ast.dump(_reading(target)) for target, _ in first]
+    stores_on_self = any(isinstance(target, ast.Attribute) for target, _ in first)
+    for _, value in second:
+        for node in ast.walk(value):
+            if ast.dump(node) in targets:
+                return None
+            if stores_on_self and isinstance(node, ast.Name) and node.id in ("self", "cls"):
+                return None
+    for target, _ in second:  # `self.x = 1` after `self = ...`: the same name again
+        if any(ast.dump(node) in targets for node in ast.walk(_reading(target))):
+            return None
+    parts = [(place.of(target), _value(value, place)) for target, value in (*first, *second)]
+    if any(value is None for _, value in parts):
+        return None
+    return f"{', '.join(name for name, _ in parts)} = {', '.join(str(value) for _, value in parts)}"
+
+
+def _pairs(node: ast.stmt) -> list[tuple[ast.expr, ast.expr]] | None:
+    """The (target, value) pairs of an assignment to names and attributes."""
+    if isinstance(node, ast.AnnAssign) and node.value is not None:
+        pairs = [(node.target, node.value)]
+    elif isinstance(node, ast.Assign) and len(node.targets) == 1:
+        target, value = node.targets[0], node.value
+        if isinstance(target, ast.Tuple):
+            if not isinstance(value, ast.Tuple) or len(target.elts) != len(value.elts):
+                return None
+            pairs = list(zip(target.elts, value.elts, strict=True))
+        else:
+            pairs = [(target, value)]
+    else:
+        return None
+    plain = all(isinstance(t.value if isinstance(t, ast.Attribute) else t, ast.Name) for t, _ in pairs)
+    starred = any(isinstance(v, ast.Starred | ast.Tuple | ast.Yield) for _, v in pairs)
+    return pairs if plain and not starred else None
+
+
+def _reading(target: ast.expr) -> ast.expr:
+    if isinstance(target, ast.Name):
+        return ast.Name(target.id, ast.Load())
+    assert isinstance(target, ast.Attribute)
+    return ast.Attribute(target.value, target.attr, ast.Load())
