@@ -24,6 +24,7 @@ from paramgolf.errors import GolfError
 from paramgolf.files import sha256_file
 from paramgolf.model.gpt import GPT
 from paramgolf.pack.packer import load_model
+from paramgolf.recipe.sections import NgramSection
 from paramgolf.score import sample, scorer
 from paramgolf.score.own_scorers import check_all
 from paramgolf.score.scorer import Score
@@ -112,9 +113,11 @@ class LanguageModel:
         else:
             tokens, true_bytes, sizes = open_text(source, self.tokenizer)
         table = check_stream(tokens, sizes, self.tokenizer, where=str(source)).as_dict() if sizes else None
-        results = self._score(tokens, true_bytes, 0, seq_len, 0.0, progress).as_dict() | {"byte_table": table}
+        ngram = adapt.ngram_of(self.config)
+        standard = self._score(tokens, true_bytes, 0, seq_len, 0.0, progress, None if stride else ngram)
+        results = standard.as_dict() | {"byte_table": table}
         if stride:
-            results |= self._score(tokens, true_bytes, stride, seq_len, 0.0, progress).as_dict()
+            results |= self._score(tokens, true_bytes, stride, seq_len, 0.0, progress, ngram).as_dict()
         if learns:
             results |= score_adapted(
                 self.model, tokens, section, tilt, token_bytes=self.tokenizer.token_bytes, true_bytes=true_bytes,
@@ -174,11 +177,12 @@ class LanguageModel:
         seq_len: int,
         limit: float,
         progress: Progress | None,
+        ngram: NgramSection | None = None,
     ) -> Score:
         return scorer.score(
             self.model, tokens, token_bytes=self.tokenizer.token_bytes, true_bytes=true_bytes,
             seq_len=seq_len or self.seq_len, stride=stride, batch_tokens=self._batch_tokens,
-            lane_count=self.lanes, bos_id=self.tokenizer.bos_id, limit_seconds=limit, progress=progress,
+            lane_count=self.lanes, bos_id=self.tokenizer.bos_id, limit_seconds=limit, ngram=ngram, progress=progress,
         )  # fmt: skip
 
 

@@ -26,7 +26,7 @@ from paramgolf.runner.record import SEAL, canonical
 
 SCORE_TOLERANCE = 1e-4  # BPB: other processors and thread counts round differently
 _EXACT = ("scored_tokens", "scored_bytes", "table_bytes")
-_SCORES = ("", "_sliding", "_tilt", "_ttt", "_ttt_tilt")
+_SCORES = ("", "_sliding", "_ngram", "_tilt", "_ttt", "_ttt_tilt")
 _ROUNDED = tuple(f"val_{what}{kind}" for kind in _SCORES for what in ("loss", "bpb"))
 
 
@@ -244,11 +244,13 @@ def _measure(record: dict[str, Any], folder: RunFolder, dataset: Dataset) -> dic
     loaded = load_model(folder.artifact, pick_device("auto"))
     tokenizer, tokens = Tokenizer.from_compact(loaded.tokenizer), dataset.val_tokens()
     results: dict[str, Any] = {}
-    for stride in (0, *([record["stride"]] if "val_bpb_sliding" in record else [])):
+    strides = (0, *([record["stride"]] if "val_bpb_sliding" in record else []))
+    for stride in strides:
         results |= score(
             loaded.model, tokens, token_bytes=tokenizer.token_bytes, true_bytes=dataset.val_bytes,
             seq_len=record["eval_seq_len"], stride=stride, batch_tokens=recipe.score.batch_tokens,
-            windows=record["windows"], lane_count=record["lanes"],
+            windows=record["windows"], lane_count=record["lanes"], bos_id=tokenizer.bos_id,
+            ngram=recipe.ngram if stride == strides[-1] else None,
         ).as_dict()  # fmt: skip
     if any(key in record for key in ("val_bpb_ttt", "val_bpb_tilt")):
         results |= score_adapted(

@@ -178,6 +178,7 @@ class QuantSection:
     rules: tuple[RuleSection, ...] = ()  # in order; non-float tensors are kept as they are before any rule
     coarse_grid: str = ""  # the matrices that bear it best go on this grid instead of their own ...
     coarse_fraction: Fraction = 0.0  # ... this fraction of the matrices on grids of more bits
+    input_share: NonNegative = 0.0  # tied embedding: its use as input, in mean diagonals of what the head reads
     awq_columns: Count = 0  # so many neighbouring columns, the most salient of all matrices, keep 8 bits (gptq only)
     lqer_tensors: Count = 0  # matrices, those of largest error, that get a low-rank correction; 0 = none
     lqer_rank: Positive = 4
@@ -256,6 +257,25 @@ class TiltSection:
 
 
 @dataclass(frozen=True, kw_only=True)
+class NgramLevel:
+    """One table of the n-gram cache: contexts of `order` tokens, kept for a document or for the whole text."""
+
+    __pydantic_config__ = STRICT
+    scope: Literal["document", "text"] = "document"
+    order: Annotated[int, Field(ge=0, le=64)] = 1
+    strength: NonNegative = 1.0  # counts that the level below weighs
+    discount: Fraction = 0.8  # taken off each token seen, and given to the level below
+
+
+@dataclass(frozen=True, kw_only=True)
+class NgramSection:
+    """The n-gram cache of a score (see score/ngram.py)."""
+
+    __pydantic_config__ = STRICT
+    levels: tuple[NgramLevel, ...] = ()  # applied in order; () = no cache
+
+
+@dataclass(frozen=True, kw_only=True)
 class BudgetSection:
     __pydantic_config__ = STRICT
     seconds: NonNegative = 0.0  # training budget; 0 = unbound
@@ -297,5 +317,6 @@ class Recipe:
     score: ScoreSection = field(default_factory=ScoreSection)
     ttt: TttSection = field(default_factory=TttSection)
     tilt: TiltSection = field(default_factory=TiltSection)
+    ngram: NgramSection = field(default_factory=NgramSection)
     budget: BudgetSection = field(default_factory=BudgetSection)
     stages: tuple[StageSection, ...] = ()

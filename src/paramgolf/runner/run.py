@@ -34,7 +34,7 @@ from paramgolf.pack.registry import CODECS
 from paramgolf.quant.hessian import collect, training_loss
 from paramgolf.quant.registry import QUANTIZERS
 from paramgolf.recipe.load import to_table
-from paramgolf.recipe.sections import Recipe
+from paramgolf.recipe.sections import NgramSection, Recipe
 from paramgolf.runner.environment import archive_source
 from paramgolf.runner.folder import RunFolder, claim
 from paramgolf.runner.machine import SpeedWatch
@@ -47,6 +47,7 @@ from paramgolf.score.ttt.scorer import score_adapted
 from paramgolf.text.peers import PEER_TEXT_LIMIT, compress_peers
 from paramgolf.train.callbacks import Callback, progress
 from paramgolf.train.clock import Clock
+from paramgolf.train.modes import check_switches
 from paramgolf.train.session import TrainOutput, train_recipe
 from paramgolf.train.trackers import Tracker, check_trackers
 
@@ -155,6 +156,7 @@ def check(recipe: Recipe, vocab_size: int = 0, tokenizer_bytes: int = 0) -> None
         ATTENTION_BACKENDS.check(recipe.train.attention)
     if not (recipe.budget.seconds or recipe.budget.steps or recipe.budget.tokens):
         raise GolfError("nothing ends the training: set budget.seconds, budget.steps or budget.tokens")
+    check_switches(recipe)
     vocab_size = vocab_size or recipe.data.vocab_size
     plan = plan_bytes(recipe, vocab_size, tokenizer_bytes=tokenizer_bytes or 2 * vocab_size)
     if not plan.fits:
@@ -278,9 +280,11 @@ class Job:
         with self.clock.phase("read", outside=True):
             model = load_model(self.folder.artifact, self.dist.device).model
         with self.clock.phase("score", outside=True):
-            results = self._score(model, "scoring the file", stride=0).as_dict()
-            if stride := self.recipe.score.stride:
-                results |= self._score(model, f"scoring the file, sliding by {stride}", stride=stride).as_dict()
+            stride, ngram = self.recipe.score.stride, self.recipe.ngram
+            results = self._score(model, "scoring the file", stride=0, ngram=None if stride else ngram).as_dict()
+            if stride:
+                what = f"scoring the file, sliding by {stride}"
+                results |= self._score(model, what, stride=stride, ngram=ngram).as_dict()
             if self.recipe.ttt.kind != "none" or self.recipe.tilt.orders:
                 results |= self._score_adapted(model)
         return results
@@ -302,14 +306,14 @@ class Job:
         limit, used = self.recipe.budget.eval_seconds, self.clock.phases().get("score")
         return max(1e-3, limit - used) if limit and used is not None else 0.0
 
-    def _score(self, model: GPT, what: str, *, stride: int) -> Score:
+    def _score(self, model: GPT, what: str, *, stride: int, ngram: NgramSection | None = None) -> Score:
         section, data = self.recipe.score, self.dataset
         with self.phases.of(what) as progress:
             return score(
                 model, data.val_tokens(), token_bytes=data.tokenizer.token_bytes, true_bytes=data.val_bytes,
                 seq_len=section.seq_len or self.recipe.train.seq_len, stride=stride, batch_tokens=section.batch_tokens,
-                dist=self.dist, windows=section.windows, lane_count=section.lanes,
-                limit_seconds=self._time_to_score(), progress=progress,
+                dist=self.dist, windows=section.windows, lane_count=section.lanes, bos_id=data.tokenizer.bos_id,
+                ngram=ngram, limit_seconds=self._time_to_score(), progress=progress,
             )  # fmt: skip
 
     def conclude(self, trained: TrainOutput, floats: Score, ledger: Ledger, results: dict[str, Any]) -> dict[str, Any]:

@@ -67,7 +67,7 @@ def score_rows(record: dict[str, Any]) -> list[tuple[str, float]]:
 def adapted_keys(result: dict[str, Any]) -> dict[str, str]:
     """The scores that learn as they go: the end of their result keys and what they are."""
     training = f"test-time training ({result.get('ttt')})"
-    names = {"tilt": "n-gram tilt", "ttt": training, "ttt_tilt": f"{training} and n-gram tilt"}
+    names = {"ngram": "n-gram cache", "tilt": "n-gram tilt", "ttt": training, "ttt_tilt": f"{training} and n-gram tilt"}
     return {key: name for key, name in names.items() if f"val_bpb_{key}" in result}
 
 

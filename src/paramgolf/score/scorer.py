@@ -25,6 +25,8 @@ from paramgolf.dist import Dist
 from paramgolf.errors import CheckFailed, GolfError
 from paramgolf.model.gpt import GPT
 from paramgolf.model.loss import chunked_nll
+from paramgolf.recipe.sections import NgramSection
+from paramgolf.score.ngram import ngram_nll
 from paramgolf.score.windows import Plan, lanes, plan
 
 
@@ -57,6 +59,7 @@ class Score:
     lanes: int
     forwards: int  # windows scored
     seconds: float
+    ngram_loss: float | None = None  # nats a target with the n-gram cache, if there is one
     nll: np.ndarray | None = None  # (scored_tokens,) float32, in the order of the plan's targets; only if asked for
 
     @property
@@ -70,9 +73,14 @@ class Score:
 
     def as_dict(self) -> dict[str, Any]:
         """The stable result keys; a sliding score has its own, beside the standard ones."""
+        cached: dict[str, Any] = {}
+        if self.ngram_loss is not None:
+            bits = self.val_bpb * self.ngram_loss / self.val_loss
+            cached = {"val_loss_ngram": self.ngram_loss, "val_bpb_ngram": bits}
         if self.sliding:
-            return {"val_loss_sliding": self.val_loss, "val_bpb_sliding": self.val_bpb, "stride": self.stride}
-        return {
+            sliding = {"val_loss_sliding": self.val_loss, "val_bpb_sliding": self.val_bpb, "stride": self.stride}
+            return sliding | cached
+        return cached | {
             "val_loss": self.val_loss,
             "val_bpb": self.val_bpb,
             "scored_tokens": self.scored_tokens,
@@ -102,6 +110,7 @@ def score(
     bos_id: int = 1,
     limit_seconds: float = 0.0,
     keep_nll: bool = False,
+    ngram: NgramSection | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Score:
     """Score the token stream `tokens` (1-D ids, begin-of-document tokens included).
@@ -111,7 +120,7 @@ def score(
     `lane_starts`. `batch_tokens` is spread over the ranks of `dist` (rank, world, device,
     all_reduce_sum; None = one process on the model's device). `progress(done, total)` counts this rank's windows.
     Collective: every rank calls it and gets the same Score, except that `nll` (with `keep_nll`) holds this rank's
-    contiguous part.
+    contiguous part. With `ngram` the n-gram cache is scored too, on the same windows.
     Raises GolfError when nothing can be scored or `limit_seconds` (0 = none) is passed; CheckFailed when a loss is
     not finite.
     """
@@ -150,11 +159,18 @@ def score(
     size = _document_bytes(true_bytes, tokens, token_bytes) if from_documents else table
     if size <= 0:
         raise GolfError("nothing to score: the text has tokens but no bytes")
+    cached = None
+    if ngram is not None and ngram.levels:
+        losses = np.zeros(len(tokens))
+        losses[targets] = values
+        losses = _sum_over_ranks(losses, dist, device)
+        scored = whole.targets()
+        cached = float(ngram_nll(tokens, losses[1:], ngram.levels, bos_id=bos_id, starts=starts)[scored - 1].sum())
     return Score(
         val_loss=loss_sum / count, val_bpb=loss_sum / math.log(2) / size, scored_tokens=count, scored_bytes=size,
         table_bytes=table, bytes_from="documents" if from_documents else "table", seq_len=seq_len, stride=stride,
         windows=windows, lanes=len(starts), forwards=len(whole), seconds=time.monotonic() - began,
-        nll=values if keep_nll else None,
+        ngram_loss=None if cached is None else cached / count, nll=values if keep_nll else None,
     )  # fmt: skip
 
 
@@ -178,7 +194,7 @@ def _refuse_partial(totals: np.ndarray, expected: int, limit: float) -> None:
         raise AssertionError(f"scored {int(count)} targets of {expected}: the plan is not covered")
 
 
-def _sum_over_ranks(values: list[float], dist: Dist | None, device: torch.device) -> np.ndarray:
+def _sum_over_ranks(values: list[float] | np.ndarray, dist: Dist | None, device: torch.device) -> np.ndarray:
     if dist is None or dist.world == 1:
         return np.array(values, dtype=np.float64)
     return dist.all_reduce_sum(torch.tensor(values, dtype=torch.float64, device=device)).cpu().numpy()

@@ -8,7 +8,7 @@ from typing import Any
 
 from paramgolf.errors import GolfError
 from paramgolf.recipe.load import from_table, parse_override
-from paramgolf.recipe.sections import Recipe, TiltSection, TttSection
+from paramgolf.recipe.sections import NgramSection, Recipe, TiltSection, TttSection
 
 
 def manifest_part(recipe: Recipe) -> dict[str, dict[str, Any]]:
@@ -18,6 +18,8 @@ def manifest_part(recipe: Recipe) -> dict[str, dict[str, Any]]:
         parts["ttt"] = _changed(recipe.ttt)
     if recipe.tilt.orders:
         parts["tilt"] = _changed(recipe.tilt)
+    if recipe.ngram.levels:
+        parts["ngram"] = {"levels": [dataclasses.asdict(level) for level in recipe.ngram.levels]}
     return parts
 
 
@@ -32,6 +34,12 @@ def chosen(section: TttSection, wanted: bool) -> TttSection:
     if not wanted:
         return dataclasses.replace(section, kind="none")
     return dataclasses.replace(section, kind="lora") if section.kind == "none" else section
+
+
+def ngram_of(manifest: Mapping[str, Any]) -> NgramSection:
+    """The n-gram cache that an artifact asks for; no levels if it does not."""
+    part = manifest.get("ngram")
+    return from_table({"name": "artifact", "ngram": dict(part) if isinstance(part, dict) else {}}).ngram
 
 
 def settings_of(manifest: Mapping[str, Any], words: Iterable[str] = ()) -> tuple[TttSection, TiltSection]:
