@@ -1,0 +1,74 @@
+"""The n-gram cache: normalised, causal, the same token by token as at once, apart in documents and lanes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from paramgolf.errors import GolfError
+from paramgolf.recipe.sections import NgramLevel
+from paramgolf.score.ngram import NgramCache, ngram_nll
+
+BOS, VOCAB = 1, 6
+LEVELS = st.lists(
+    st.builds(
+        NgramLevel, scope=st.sampled_from(["document", "text"]), order=st.integers(0, 4),
+        strength=st.floats(0.0, 50.0), discount=st.floats(0.05, 0.95),
+    ),
+    min_size=1, max_size=4,
+)  # fmt: skip
+STREAMS = st.lists(st.integers(0, VOCAB - 1), min_size=2, max_size=60).map(np.array)
+
+
+def model_of(tokens: np.ndarray) -> np.ndarray:
+    """(n - 1, V) probabilities of some model of the targets 1 ... n-1."""
+    drawn = np.random.default_rng(len(tokens)).random((len(tokens) - 1, VOCAB)) + 0.01
+    return drawn / drawn.sum(-1, keepdims=True)
+
+
+@settings(max_examples=150, deadline=None)
+@given(STREAMS, LEVELS, st.integers(0, 59))
+def test_at_once_is_token_by_token(tokens: np.ndarray, levels: list[NgramLevel], cut: int) -> None:
+    probs = model_of(tokens)
+    starts = (0,) if cut == 0 or cut >= len(tokens) else (0, cut)
+    nll = -np.log(probs[np.arange(len(tokens) - 1), tokens[1:]])
+    together = ngram_nll(tokens, nll, levels, bos_id=BOS, starts=starts)
+    cache = NgramCache(levels, BOS)
+    for at, token in enumerate(tokens.tolist()):
+        if at:
+            mixed = cache.mix(probs[at - 1])
+            assert mixed.sum() == pytest.approx(1.0) and mixed.min() > 0
+            assert -np.log(mixed[token]) == pytest.approx(together[at - 1], rel=1e-9)
+        if at in starts and at:
+            cache = NgramCache(levels, BOS)  # a lane does not know the one before
+        cache.give(token)
+
+
+@settings(max_examples=50, deadline=None)
+@given(STREAMS, LEVELS, st.integers(1, 59))
+def test_later_tokens_change_nothing(tokens: np.ndarray, levels: list[NgramLevel], at: int) -> None:
+    nll = np.full(len(tokens) - 1, 1.5)
+    other = tokens.copy()
+    other[at:] = (other[at:] + 1) % VOCAB
+    mine, theirs = (ngram_nll(t, nll, levels, bos_id=BOS) for t in (tokens, other))
+    assert np.array_equal(mine[: at - 1], theirs[: at - 1])
+
+
+def test_a_repeated_text_gets_cheap_and_a_new_document_forgets() -> None:
+    document = [BOS, 2, 3, 4, 5, 2, 3, 4, 5, 2, 3, 4, 5]
+    nll = np.full(2 * len(document) - 1, np.log(VOCAB))
+    level = NgramLevel(scope="document", order=2, strength=0.5, discount=0.5)
+    own = ngram_nll(np.array(document * 2), nll, [level], bos_id=BOS)
+    assert own[10] < 0.5 * nll[0]
+    assert np.array_equal(own[: len(document) - 1], own[len(document) :])
+    text = ngram_nll(
+        np.array(document * 2), nll, [NgramLevel(scope="text", order=2, strength=0.5, discount=0.5)], bos_id=BOS
+    )
+    assert text[len(document) :].sum() < own[len(document) :].sum()
+
+
+def test_a_level_that_makes_tokens_impossible_is_refused() -> None:
+    with pytest.raises(GolfError, match=r"ngram\.levels, order 3"):
+        ngram_nll(np.arange(4), np.ones(3), [NgramLevel(order=3, strength=0, discount=0)], bos_id=BOS)
