@@ -16,7 +16,7 @@ from bench.lab import write_run
 from paramgolf.errors import GolfError
 from paramgolf.lab.report import write_report
 from paramgolf.lab.report_data import CURVE_POINTS, collect, curve
-from paramgolf.lab.svg import Chart, label, log_ticks, ticks
+from paramgolf.lab.svg import Chart, label, log_ticks, ticks, without_outliers
 from tests.run_common import error_line, golf_here
 from tests.test_lab_sweep import standin_sweep
 
@@ -77,6 +77,7 @@ def test_the_page_shows_the_records(runs: Path, tmp_path: Path) -> None:
     assert "http" not in re.sub(r"<code>.*?</code>", "", text)
     assert text.count('class="curve"') == 3 * 20 + 1  # three axes, and the frontier
     assert text.count("sealed</td>") == 20
+    assert "pocket, mlp_hidden=432: mean" in text  # recipes of one name are told apart
     again = tmp_path / "again.html"
     write_report([str(runs)], again)
     assert again.read_bytes() == out.read_bytes()
@@ -126,6 +127,14 @@ def test_curves_are_thinned_to_their_means(tmp_path: Path) -> None:
     last = sum(row["loss"] for row in rows[-10:]) / 10
     assert thin[-1][3] == pytest.approx(last, abs=0.1)
     assert curve(tmp_path / "nothing") == []
+
+
+def test_one_wild_run_does_not_flatten_the_rest() -> None:
+    values = [2.0, 2.01, 2.02, 2.03, 9.0]
+    assert without_outliers(values) == values[:4] and without_outliers([1.0, 9.0]) == [1.0, 9.0]
+    chart = Chart((0.0, 1.0), (2.0, 2.03), "x", "y")
+    chart.point(0.5, 9.0, "#000")
+    assert 'fill="none"' in chart.render("edge")
 
 
 def test_ticks_are_round() -> None:

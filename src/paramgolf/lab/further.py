@@ -67,8 +67,8 @@ def _with_more(
 ) -> list[Group]:
     """The groups with one more seed that all of them have: partners of unpaired runs first, then a new seed."""
     seeds = [{run.seed for run in group.runs} for group in groups]
-    everyone = set.union(*seeds)
-    unpaired = sorted(everyone - set.intersection(*seeds))
+    everyone = {seed for own in seeds for seed in own}
+    unpaired = sorted(seed for seed in everyone if not all(seed in own for own in seeds))
     seed = unpaired[0] if unpaired else max(everyone) + 1
     missing = [i for i, own in enumerate(seeds) if seed not in own]
     jobs = []

@@ -13,7 +13,7 @@ from paramgolf.files import atomic_write
 from paramgolf.lab import stats
 from paramgolf.lab.report_data import RunFacts, collect
 from paramgolf.lab.report_study import study_section
-from paramgolf.lab.svg import COLOURS, Chart, padded
+from paramgolf.lab.svg import COLOURS, Chart, padded, without_outliers
 
 MOST_BARS = 40
 CONFIDENCE = 0.95
@@ -70,20 +70,29 @@ def render(runs: list[RunFacts], studies: list[dict[str, Any]], problems: list[s
 
 
 def _groups(runs: list[RunFacts]) -> dict[str, list[RunFacts]]:
-    """Runs by recipe without the seed, best mean first; names made different by a count."""
+    """Runs by recipe without the seed, best mean first. Recipes of one name are told apart by settings that differ."""
     by_identity: dict[str, list[RunFacts]] = {}
     for run in runs:
         by_identity.setdefault(run.identity, []).append(run)
     ordered = sorted(by_identity.values(), key=lambda members: sum(r.bpb for r in members) / len(members))
+    several = [members[0] for members in ordered if len(members) > 1]
     named: dict[str, list[RunFacts]] = {}
     for members in ordered:
-        own = str(members[0].record["recipe"]) if len(members) > 1 else members[0].name
+        own = members[0].name if len(members) == 1 else _told_apart(members[0], several)
         name, count = own, 1
         while name in named:
             count += 1
             name = f"{own} {count}"
         named[name] = members
     return named
+
+
+def _told_apart(run: RunFacts, others: list[RunFacts]) -> str:
+    """The recipe's name, with up to two settings in which it differs from others of that name."""
+    name = str(run.record["recipe"])
+    alike = [other for other in others if other.record["recipe"] == name]
+    keys = [key for key, value in run.settings.items() if any(o.settings.get(key) != value for o in alike)]
+    return ", ".join([name, *(f"{key.rpartition('.')[2]}={run.settings[key][:16]}" for key in keys[:2])])
 
 
 def _subtitle(runs: list[RunFacts], groups: dict[str, list[RunFacts]]) -> str:
@@ -168,7 +177,8 @@ def _cut(name: str, most: int = 26) -> str:
 
 def _frontier(runs: list[RunFacts], of_run: dict[str, str], colours: dict[str, str]) -> str:
     places = [(float(run.record["total_bytes"]), run.bpb) for run in runs]
-    chart = Chart(padded(p[0] for p in places), padded(p[1] for p in places), "bytes counted", "bits per byte")
+    frame = padded(without_outliers(p[1] for p in places))
+    chart = Chart(padded(p[0] for p in places), frame, "bytes counted", "bits per byte")
     best, edge = math.inf, []
     for size, bpb in sorted(places):
         if bpb < best:
@@ -184,12 +194,11 @@ def _seeds(groups: dict[str, list[RunFacts]], colours: dict[str, str]) -> str:
     several = sorted(groups.items(), key=lambda item: len(item[1]) < 2)[:MOST_BARS]
     several = [item for item in groups.items() if item in several]
     intervals = {name: _interval([run.bpb for run in members]) for name, members in several}
-    values = [run.bpb for _, members in several for run in members]
-    values += [end for pair in intervals.values() if pair for end in pair]
     # An interval of two runs may be a hundred times as wide as everything else: it is cut at the frame.
-    low, high = padded(run.bpb for _, members in several for run in members)
+    low, high = padded(without_outliers(run.bpb for _, members in several for run in members))
     room = 0.75 * (high - low)
-    frame = (max(min(values), low - room), min(max(values), high + room))
+    ends = [end for pair in intervals.values() if pair for end in pair] or [low, high]
+    frame = (max(min(low, *ends), low - room), min(max(high, *ends), high + room))
     frame = padded(frame, 0.03)
     chart = Chart(
         frame, (len(several) - 0.4, -0.6), "bits per byte", "", left=190, height=70 + 24 * len(several),

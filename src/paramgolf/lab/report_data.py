@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -17,12 +18,14 @@ from paramgolf.runner.folder import RunFolder
 from paramgolf.runner.record import SEAL, seal
 
 CURVE_POINTS = 80
+_NOT_SETTINGS = ("name", "title", "extends", "train.seed", "data.train", "data.val")
 MAX_LOG = 64 * 2**20  # bytes of a train.jsonl that are read for its curve
 
 
 @dataclass(frozen=True)
 class RunFacts:
-    """One run. `curve`: (step, tokens, seconds, loss) of about 80 places, each the mean around it."""
+    """One run. `curve`: (step, tokens, seconds, loss) of about 80 places, each the mean around it. `settings`: the
+    recipe's values as text, by dotted key."""
 
     path: str
     name: str
@@ -31,6 +34,7 @@ class RunFacts:
     finished: str
     seal: str  # "sealed", or what does not fit
     curve: list[tuple[float, float, float, float]] = field(repr=False)
+    settings: dict[str, str] = field(repr=False)
 
     @property
     def bpb(self) -> float:
@@ -70,10 +74,19 @@ def read_run(folder: RunFolder) -> RunFacts:
     record = parse_record(read_bytes(folder.record), folder.record)
     float(record["val_bpb"]), int(record["total_bytes"])
     finished = datetime.fromtimestamp(folder.record.stat().st_mtime).isoformat(" ", "minutes")
+    table = recipe_table(folder)
     return RunFacts(
-        str(folder.root), folder.root.name, record, identity(recipe_table(folder)), finished,
-        seal_state(folder, record), curve(folder.log),
+        str(folder.root), folder.root.name, record, identity(table), finished, seal_state(folder, record),
+        curve(folder.log), {key: str(value) for key, value in _leaves(table) if key not in _NOT_SETTINGS},
     )  # fmt: skip
+
+
+def _leaves(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def seal_state(folder: RunFolder, record: dict[str, Any]) -> str:

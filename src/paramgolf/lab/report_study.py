@@ -58,11 +58,12 @@ def _history(complete: list[Any], objective: str) -> str:
         return ""
     frame = _range([t.value for t in complete])
     chart = Chart((-0.5, max(t.number for t in complete) + 0.5), frame, "trial", objective, height=240)
-    best, line = math.inf, []
+    best = math.inf
+    line: list[tuple[float, float]] = []
     for trial in sorted(complete, key=lambda t: t.number):
         if feasible(trial) and trial.value < best:
-            line += [(float(trial.number), min(best, trial.value) if line == [] else best)]
-            best = trial.value
+            line += [(float(trial.number), best)] if line else []
+            best = float(trial.value)
             line.append((float(trial.number), best))
     if line:
         line.append((max(t.number for t in complete) + 0.5, best))
@@ -87,7 +88,7 @@ def _points(chart: Chart, places: list[tuple[float, Any]], frame: tuple[float, f
 
 def _slice(key: str, complete: list[Any], definition: dict[str, Any]) -> str:
     """The score along one setting; choices that are no numbers stand side by side."""
-    axis = next((a for a in definition["over"] if a["key"] == key), {})
+    axis: dict[str, Any] = next((a for a in definition["over"] if a["key"] == key), {})
     having = [t for t in complete if key in t.params]
     values = [t.params[key] for t in having]
     numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)

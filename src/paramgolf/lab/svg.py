@@ -79,6 +79,9 @@ class Chart:
         self._marks.append(f'<polyline class="curve" {marks}>{_title(title)}</polyline>')
 
     def point(self, x: float, y: float, colour: str, title: str = "", *, hollow: bool = False) -> None:
+        """A place; one beyond the frame is drawn hollow at its edge."""
+        inside = min(max(x, self.x[0]), self.x[1]), min(max(y, self.y[0]), self.y[1])
+        hollow, (x, y) = hollow or inside != (x, y), inside
         fill = f'fill="none" stroke="{colour}"' if hollow else f'fill="{colour}"'
         self._marks.append(f'<circle cx="{self.px(x):g}" cy="{self.py(y):g}" r="4" {fill}>{_title(title)}</circle>')
 
@@ -139,3 +142,10 @@ def padded(values: Iterable[float], share: float = 0.06) -> tuple[float, float]:
     low, high = min(found), max(found)
     room = (high - low) * share or abs(high) * 0.05 or 1.0
     return low - room, high + room
+
+
+def without_outliers(values: Iterable[float]) -> list[float]:
+    """The values that are not far above the rest (three times the middle half's width above it)."""
+    ordered = sorted(values)
+    low, high = ordered[len(ordered) // 4], ordered[3 * (len(ordered) - 1) // 4]
+    return [value for value in ordered if value <= high + 3 * (high - low) or value <= ordered[len(ordered) // 2]]

@@ -96,7 +96,7 @@ def build(module: types.ModuleType, source: str) -> tuple[Any, int]:
         raise Unknown("the script has no class of hyper-parameters")
     torch.manual_seed(0)
     try:
-        settings = settings_class() if inspect.isclass(settings_class) else settings_class
+        settings: Any = settings_class() if inspect.isclass(settings_class) else settings_class
         model = model_class(*_arguments(model_class, settings, source)).float().eval()
         vocab = int(settings.vocab_size)
         with torch.no_grad():
