@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import itertools
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ import torch
 
 from paramgolf.model.gpt import GPT
 from paramgolf.model.layers import rms_norm
+from paramgolf.model.parts.base import Flow
+from paramgolf.model.parts.smear_gate import SmearGate
 from paramgolf.score.own_scorers import CacheScorer
 
 V = 48
@@ -165,6 +168,13 @@ def batch_statistics(model: GPT) -> GPT:
     """The model with a layer that is normalised by the mean of the whole batch."""
     model.blocks[0].register_forward_hook(lambda _m, _in, out: out - 0.2 * out.mean(dim=(0, 1), keepdim=True))
     return model
+
+
+class LeakySmear(SmearGate):
+    """The look-back of one token sees over the beginning of a document."""
+
+    def on_stream(self, x_BTD: torch.Tensor, flow: Flow) -> torch.Tensor:
+        return super().on_stream(x_BTD, dataclasses.replace(flow, documents=False))
 
 
 class PackedDocuments:

@@ -8,9 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import paramgolf
 from paramgolf.errors import GolfError
+from paramgolf.model.gpt import GPT
+from paramgolf.model.parts.smear_gate import SmearGate
+from paramgolf.recipe.sections import ModelSection
 from paramgolf.score import legality
 from paramgolf.score.coder import Decoder
 from paramgolf.score.legality import CONDITIONS, Legality, Verdict
@@ -37,6 +41,34 @@ def test_all_our_paths_pass(stride: int) -> None:
     assert ("sliding windows" in results) == bool(stride)
     for name, result in results.items():
         assert result.verdict is Verdict.PASS, f"{name}\n{result.text()}"
+
+
+MASKED = ModelSection(
+    dim=16, num_layers=3, num_heads=2, num_kv_heads=1, mlp_hidden=24, document_mask=True,
+    parts={"smear_gate": {}, "bigram_hash": {"buckets": 64, "dim": 8}, "xsa": {}},
+)  # fmt: skip
+
+
+def masked_model(leaks: bool) -> GPT:
+    """Keeps to each document, but for a smear gate that does not (`leaks`)."""
+    model = GPT(MASKED, VOCAB)
+    if leaks:
+        kept = model.smear
+        model.smear = cheats.LeakySmear(SmearGate.Config(), MASKED, VOCAB)
+        model.smear.load_state_dict(kept.state_dict())
+    model.init_weights(1)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def test_documents_that_a_model_keeps_apart() -> None:
+    for name, result in check_all(masked_model(leaks=False), stream(90), seq_len=32, stride=24, cuts=2).items():
+        assert result.verdict is Verdict.PASS, f"{name}\n{result.text()}"
+    leaky = legality.check(WindowScorer(masked_model(leaks=True), seq_len=64), stream(120), cuts=2)
+    assert flagged(leaky) == {"causal"} and "scored apart" in leaky.findings["causal"].evidence
 
 
 def test_honest_scorers_pass() -> None:
@@ -141,7 +173,7 @@ def test_refusals() -> None:
     with pytest.raises(GolfError, match="at least 8 token ids"):
         legality.check(cheats.Bigram(), np.array([1, 2]))
     with pytest.raises(GolfError, match="none but document starts"):
-        legality.check(WindowScorer(tiny_model(), seq_len=T), np.ones(20, np.int64))
+        legality.check(WindowScorer(tiny_model(), seq_len=T, lane_count=2), np.ones(20, np.int64))
     with pytest.raises(GolfError, match="id 48 is outside the scorer's vocabulary of 48"):
         legality.check(cheats.Bigram(), np.arange(40, 49))
     with pytest.raises(GolfError, match="at least 8 tokens"):
@@ -150,7 +182,7 @@ def test_refusals() -> None:
 
 def test_the_command(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     artifact = make_artifact(tmp_path / "model.golf")
-    (tmp_path / "val.txt").write_text("\x1e\n".join(prose()[at : at + 90] for at in range(0, 4000, 90)))
+    (tmp_path / "val.txt").write_text("\x1e\n".join(prose()[at : at + 40] for at in range(0, 200, 40)))
     command = ("score", artifact, "--data", tmp_path / "val.txt", "--check-legality")
     answer = golf_here(capfd, *command, "--stride", "48", "--json")
     assert answer.code == 0, answer.err
@@ -163,8 +195,9 @@ def test_the_command(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypa
     model = paramgolf.load(artifact)
     cheats.batch_statistics(model.model)
     monkeypatch.setattr(paramgolf, "load", lambda path: model)
+    (tmp_path / "val.txt").write_text(prose()[:100])
     broken = golf_here(capfd, *command)
-    assert broken.code == 1 and "the score is not legal: windows, lanes" in broken.err
+    assert broken.code == 1 and "the score is not legal: windows" in broken.err
     assert "causal: violation: the distribution of token" in broken.out
 
 

@@ -30,8 +30,9 @@ class Exam:
     ) -> None:
         self.stream, self.bos_id, self.tolerance, self.random = stream, bos_id, tolerance, random
         self.texts = 0
-        starts = getattr(scorer, "starts", None)
-        self.starts = np.array([0]) if starts is None else np.unique(np.asarray(starts(stream), dtype=np.int64))
+        own = getattr(scorer, "starts", None)
+        starts = None if own is None else own(stream)
+        self.starts = np.array([0]) if starts is None else np.unique(np.asarray(starts, dtype=np.int64))
         # Where documents begin decides how the streams are cut, so a scorer that cuts keeps them.
         self._fixed = np.zeros(len(stream), bool) if starts is None else stream == bos_id
         self._worst: dict[str, tuple[float, Finding]] = {}
@@ -250,7 +251,8 @@ class Exam:
         labels: np.ndarray, nats: np.ndarray,
     ) -> None:  # fmt: skip
         got, other = self._score(scorer, stream)
-        if len(other) != len(nats) or (targets is not None and not np.array_equal(got, targets)):
+        moved = targets is not None and (got is None or not np.array_equal(got, targets))
+        if moved or len(other) != len(nats):
             self._violation("once", 1.0, "which tokens are scored depends on the text, not on its length")
             return
         inside = np.clip(labels, 0, len(stream) - 1)

@@ -15,8 +15,8 @@ A scorer that only gives scores has one:
 
 Both may be there: then the charges are compared with the distributions. Every scorer has `vocab_size`, and may have
 `starts(stream)`, the ascending indices at which streams of their own begin (lanes, documents scored apart; the first is
-0): a token may then depend on the tokens before it in its own stream and on nothing else. What each condition means
-and what this test cannot see: docs/legality.md.
+0; None = one stream): a token may then depend on the tokens before it in its own stream and on nothing else. What each
+condition means and what this test cannot see: docs/legality.md.
 
 >>> from paramgolf.score import legality                                        # doctest: +SKIP
 >>> print(legality.check(scorer).text())                                        # doctest: +SKIP

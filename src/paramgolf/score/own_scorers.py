@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from paramgolf.errors import GolfError
+from paramgolf.model.documents import BOS_ID
 from paramgolf.model.gpt import GPT
 from paramgolf.recipe.sections import TiltSection, TttSection
 from paramgolf.score import coder, scorer
@@ -38,13 +39,17 @@ class WindowScorer:
         self._rows: dict[int, np.ndarray] = {}
         self._next = 0
 
-    def starts(self, stream: np.ndarray) -> tuple[int, ...]:
-        """The lanes."""
+    def starts(self, stream: np.ndarray) -> np.ndarray | None:
+        """The lanes, and the documents where the model keeps to its own."""
+        own = documents_apart(self.model, stream)
+        return own if self._lane_count == 1 else np.union1d(self._lanes(stream), [] if own is None else own)
+
+    def _lanes(self, stream: np.ndarray) -> tuple[int, ...]:
         return lanes(stream, self._lane_count, self._bos_id) if self._lane_count > 1 else (0,)
 
     def reset(self, stream: np.ndarray) -> None:
         """Run the model over all windows."""
-        whole = plan(len(stream), self._seq_len, self._stride, self._windows, lane_starts=self.starts(stream))
+        whole = plan(len(stream), self._seq_len, self._stride, self._windows, lane_starts=self._lanes(stream))
         batch = scorer.batch_rows(len(whole), 1, min(self._seq_len, int(whole.length.max())), self._batch_tokens)
         targets = iter(whole.targets().tolist())
         self._rows, self._next = {}, 0
@@ -61,7 +66,7 @@ class WindowScorer:
 
     def score(self, stream: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """What `scorer.score` charges, and the plan's targets."""
-        whole = plan(len(stream), self._seq_len, self._stride, self._windows, lane_starts=self.starts(stream))
+        whole = plan(len(stream), self._seq_len, self._stride, self._windows, lane_starts=self._lanes(stream))
         result = scorer.score(
             self.model, stream, token_bytes=scorer.OneByteEach(), seq_len=self._seq_len, stride=self._stride,
             batch_tokens=self._batch_tokens, windows=self._windows, lane_count=self._lane_count, bos_id=self._bos_id,
@@ -78,6 +83,10 @@ class CacheScorer:
         self.model, self.vocab_size = model, model.vocab_size
         self._seq_len, self._stride = seq_len, stride
         self._stepper: Stepper | None = None
+
+    def starts(self, stream: np.ndarray) -> np.ndarray | None:
+        """The documents where the model keeps to its own."""
+        return documents_apart(self.model, stream)
 
     def reset(self, stream: np.ndarray) -> None:
         self._stepper = None
@@ -110,6 +119,11 @@ class CoderScorer(CacheScorer):
 
     def log_probs(self) -> np.ndarray:
         return coded_log_probs(self._settings, self._logits(), self._place)
+
+
+def documents_apart(model: GPT, stream: np.ndarray) -> np.ndarray | None:
+    """Where documents begin for a model that looks no further back than that; None for one that does."""
+    return np.union1d([0], np.flatnonzero(stream == BOS_ID)) if model.section.document_mask else None
 
 
 def coded_log_probs(settings: coder.Settings, logits: torch.Tensor, place: int) -> np.ndarray:
