@@ -179,23 +179,25 @@ def forecast(state: Mapping[str, Tensor], recipe: Recipe, *, tokenizer_bytes: in
     specs = [stores[name].spec(name, shape) for name, shape in shapes.items()]
     limit = _CODED.get(recipe.pack.codec, _CODED_SLOWLY)
     if not recipe.pack.fit and sum(s.size for s in specs if s.bits) <= limit:
-        return rest + _really_coded(state, recipe)[0]
+        parts = _really_coded(state, recipe)
+        return rest + parts["codes"] + parts["scales"] + parts["kept"]
     scales = sum(_scale_bytes(s) for s in specs if s.bits)
     kept = sum(s.nbytes for s in specs if not s.bits)
     kept += sum(t.numel() * t.element_size() for t in state.values() if not t.is_floating_point())
-    rest += round(scales * _SCALE_RATIO + kept * _KEPT_RATIO)
-    if recipe.pack.codec == "raw" and not recipe.pack.fit:
-        return rest + sum(s.nbytes - _scale_bytes(s) for s in specs if s.bits)
+    rest += round(kept * _KEPT_RATIO)
     moved = [s for s in specs if s.bits and recipe.pack.fit and recipe.quant.grids[s.store].clip == "sdclip"]
     entropy = _entropy_bytes(state, [s for s in specs if s.bits and s not in moved], stores)
     if recipe.pack.fit:
-        fixed = rest + entropy * _overhead(recipe)
+        fixed = rest + scales * _SCALE_RATIO + entropy * _overhead(recipe)
         ends = [_on_grids(stores, moved, grid) for grid in (coarsest, finest)]
         low, high = (fixed + _entropy_bytes(state, moved, end) * _overhead(recipe) for end in ends)
         return round(min(max(AIM * recipe.budget.bytes, low), high))
     sample = _whole_matrices(specs, limit)
-    coded = _really_coded({s.name: state[s.name] for s in sample}, recipe)[1]
-    return round(rest + entropy * coded / max(1.0, _entropy_bytes(state, sample, stores)))
+    parts = _really_coded({s.name: state[s.name] for s in sample}, recipe)
+    rest += round(scales * parts["scales"] / max(1, sum(_scale_bytes(s) for s in sample)))
+    if recipe.pack.codec == "raw":
+        return rest + sum(s.nbytes - _scale_bytes(s) for s in specs if s.bits)
+    return round(rest + entropy * parts["codes"] / max(1.0, _entropy_bytes(state, sample, stores)))
 
 
 def _on_grids(
@@ -210,12 +212,11 @@ def _on_grids(
     return out
 
 
-def _really_coded(state: Mapping[str, Tensor], recipe: Recipe) -> tuple[int, int]:
-    """(all bytes of these tensors in a file, those of their codes) after plain rounding."""
+def _really_coded(state: Mapping[str, Tensor], recipe: Recipe) -> dict[str, int]:
+    """Bytes of the parts of a file with these tensors after plain rounding."""
     codec = "rans" if recipe.pack.codec == "auto" else recipe.pack.codec
     tensors = export(state, replace(recipe.quant, method="rtn", coarse_fraction=0.0), recipe.model.num_layers)
-    parts = encode_artifact(Artifact({}, tensors), codec, recipe.pack.level).parts
-    return parts["codes"] + parts["scales"] + parts["kept"], parts["codes"]
+    return encode_artifact(Artifact({}, tensors), codec, recipe.pack.level).parts
 
 
 def _whole_matrices(specs: Sequence[TensorSpec], limit: int) -> list[TensorSpec]:

@@ -246,8 +246,8 @@ class Packing:
         beside = done["total_bytes"] - sum(group["bytes"] for group in done["groups"].values())
         low, high = (beside + sum(float(g.bytes[end]) for g in self.curves.groups) for end in (0, -1))
         points = [done]
-        for cap in np.geomspace(1.04 * low, 0.99 * high, FRONTIER_CAPS):
-            with contextlib.suppress(GolfError):  # `low` is an estimate: the coarsest plan may take a little more
+        for cap in np.geomspace(1.15 * low, 0.99 * high, FRONTIER_CAPS):
+            with contextlib.suppress(GolfError):  # `low` is an estimate: the coarsest plan may take more
                 points.append(self.pack(int(cap), scratch))
         keys = ("total_bytes", "cap_bytes", "measured_bpb", "predicted_bpb", "measured_loss", "predicted_loss")
         return {
