@@ -21,6 +21,8 @@ ABSENT = frozenset({
 })  # fmt: skip
 AVERAGE = Symbol("paramgolf.optim.averaging", "Average")
 NO_OPS = frozenset({"Trainer.save", "Trainer._save_if_due", "_keep_freed_memory", "check_section", "check_switches"})
+# Without stages every step has one shape.
+UNSTAGED = frozenset({"Loader.set_shape", "TokenSource.set_shape", "StepTimer.reset"})
 NEVER: dict[tuple[str, str], Any] = {("Interrupts", "pending"): 0, ("StepReport", "interrupted"): False}
 # What asks more of the machine, the user or other packages than a script needs to; see the end of entry.py.
 SUBSTITUTES = {
@@ -71,10 +73,14 @@ def facts_of(recipe: Recipe) -> Facts:
             values |= {(kind, f.name): getattr(section, f.name) for f in dataclasses.fields(section)}
         else:
             values["Recipe", section_field.name] = section
+    choices: dict[tuple[str, str], frozenset[Any]] = {}
+    if not recipe.model.ln_scale:
+        values["Block", "depth_scale"] = None
     if recipe.quant.method in PLAIN_QUANTIZERS:
         grids = list(used_grids(recipe).values())
         for grid_field in dataclasses.fields(GridSection):
             held = {getattr(grid, grid_field.name) for grid in grids}
+            choices["GridSection", grid_field.name] = frozenset(held)
             if len(held) == 1:
                 values["GridSection", grid_field.name] = held.pop()
     for key in OPEN:
@@ -84,9 +90,9 @@ def facts_of(recipe: Recipe) -> Facts:
     never = {Symbol("paramgolf.pack.bytecoding", n) for n, codec in libraries.items() if codec != recipe.pack.codec}
     if libraries:
         never.add(Symbol("paramgolf.pack.side", "_FLOATS"))
-    return Facts(
-        values, frozenset({("Interrupts", "pending")}), absent, NO_OPS, never=frozenset(never), guarded=GUARDED
-    )
+    no_ops = NO_OPS if recipe.stages else NO_OPS | UNSTAGED
+    inline = frozenset({("Interrupts", "pending")})
+    return Facts(values, inline, choices, absent, no_ops, never=frozenset(never), guarded=GUARDED)
 
 
 def registries_of(recipe: Recipe) -> dict[str, list[str]]:

@@ -63,6 +63,8 @@ class _Pass(Values):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
             return self._is_no_op(node.value, frame)
         if isinstance(node, ast.If) and not node.orelse:
+            if len(node.body) == 1 and isinstance(node.body[0], ast.Pass):
+                return all(_is_harmless(part) for part in ast.walk(node.test))
             value = self.value(node.test, frame)
             return (value is not UNKNOWN and value is not PRESENT and not value) or self._is_guard(node.body, frame)
         if isinstance(node, ast.Assert):

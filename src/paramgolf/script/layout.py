@@ -51,7 +51,7 @@ def layout(text: str, style: Style) -> str:
     if style.filled:
         text = _filled(text)
     if style.tight:
-        text = tighten(text)
+        text = _filled(tighten(text))
     lines: list[str] = []
     for line in text.splitlines():
         line = line.rstrip()

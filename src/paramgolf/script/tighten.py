@@ -14,6 +14,7 @@ _PASSES = 30
 
 def tighten(text: str) -> str:
     """`text` with fewer lines and the same meaning; comments inside merged statements would be lost."""
+    text = _short_records(text)
     for _ in range(_PASSES):
         place = Text(text)
         edits = [edit for body, function in _suites(ast.parse(text)) for edit in _merges(body, function, place)]
@@ -21,6 +22,37 @@ def tighten(text: str) -> str:
             break
         text = apply(text, edits)
     return text
+
+
+def _short_records(text: str) -> str:
+    """Dataclasses as calls of `make_dataclass`, with their methods below."""
+    place, edits = Text(text), []
+    for node in ast.parse(text).body:
+        fields = (
+            [part for part in node.body if isinstance(part, ast.AnnAssign)] if isinstance(node, ast.ClassDef) else []
+        )
+        if not isinstance(node, ast.ClassDef) or node.bases or len(fields) < 2 or len(node.decorator_list) != 1:
+            continue
+        methods = [part for part in node.body if isinstance(part, FunctionNode)]
+        made = {method.name for method in methods} & {"__post_init__", "__init__"}
+        if made or len(fields) + len(methods) != len(node.body) or node.body[: len(fields)] != fields:
+            continue
+        decorator = node.decorator_list[0]
+        keywords = decorator.keywords if isinstance(decorator, ast.Call) else []
+        if ast.unparse(decorator).split("(")[0] != "dataclass":
+            continue
+        rows = [
+            f'"{ast.unparse(f.target)}"'
+            if f.value is None
+            else f'("{ast.unparse(f.target)}", Any, {place.of(f.value)})'
+            for f in fields
+        ]
+        call = f'make_dataclass("{node.name}", [{", ".join(rows)}]'
+        call += "".join(f", {place.of(keyword)}" for keyword in keywords) + ")"
+        line = f"class {node.name}({call}):" if methods else f"{node.name} = {call}"
+        last = (methods[0].lineno - len(methods[0].decorator_list) - 1) if methods else node.end_lineno or 0
+        edits.append(place.whole_lines(decorator.lineno, last, f"{line}\n"))
+    return apply(text, edits)
 
 
 def _suites(tree: ast.AST, function: ast.AST | None = None) -> Iterator[tuple[list[ast.stmt], ast.AST | None]]:
@@ -40,13 +72,15 @@ def _merges(body: list[ast.stmt], function: ast.AST | None, place: Text) -> Iter
         one, two = body[at], body[at + 1] if at + 1 < len(body) else None
         line = _ternary(one, place)
         if line is None and two is not None:
-            line = _conditional_return(one, two, place) or _returned_value(one, two, function, place)
+            line = _conditional_return(one, two, place) or _used_once(one, two, function, place)
             line = line or _joined(one, two, place)
             last = two
         else:
             last = one
         if line is not None and one.col_offset + len(line) <= WIDTH:
             first, end = one.lineno, last.end_lineno or 0
+            if last is two and isinstance(two, ast.If | ast.For | ast.While | ast.With) and line.endswith(":"):
+                end = two.lineno  # only its head is on this line
             yield place.whole_lines(first, end, f"{' ' * one.col_offset}{line}\n")
             at += 1 if last is one else 2
         else:
@@ -58,7 +92,9 @@ def _value(node: ast.expr | None, place: Text) -> str | None:
     if node is None or node.lineno != node.end_lineno:
         return None
     text = place.of(node)
-    return f"({text})" if isinstance(node, ast.IfExp | ast.Lambda | ast.NamedExpr | ast.Yield) else text
+    loose = isinstance(node, ast.IfExp | ast.Lambda | ast.NamedExpr | ast.Yield)
+    loose = loose or (isinstance(node, ast.Tuple) and not text.startswith("("))
+    return f"({text})" if loose else text
 
 
 def _ternary(node: ast.stmt, place: Text) -> str | None:
@@ -96,17 +132,55 @@ def _conditional_return(one: ast.stmt, two: ast.stmt, place: Text) -> str | None
     return f"return {parts[0]} if {parts[1]} else {parts[2]}"
 
 
-def _returned_value(one: ast.stmt, two: ast.stmt, function: ast.AST | None, place: Text) -> str | None:
-    """`return e` for `x = e` before `return x`, where nothing else uses x."""
-    if not isinstance(one, ast.Assign) or not isinstance(two, ast.Return) or not isinstance(two.value, ast.Name):
+_ATOMS = ast.Name | ast.Attribute | ast.Call | ast.Subscript | ast.Constant | ast.List | ast.Dict
+_DEFERRED = ast.Lambda | ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp
+
+
+def _used_once(one: ast.stmt, two: ast.stmt, function: ast.AST | None, place: Text) -> str | None:
+    """The second statement with the value of `x = e` in the place of x, which nothing else reads."""
+    pairs = _pairs(one)
+    if function is None or pairs is None or len(pairs) != 1 or not isinstance(pairs[0][0], ast.Name):
         return None
-    target = one.targets[0]
-    if function is None or len(one.targets) != 1 or not isinstance(target, ast.Name) or target.id != two.value.id:
+    name, value = pairs[0][0].id, pairs[0][1]
+    uses = [node for node in ast.walk(function) if isinstance(node, ast.Name) and node.id == name]
+    head = _head(two)
+    inside = [node for part in head for node in ast.walk(part)]
+    found = next((node for node in inside if isinstance(node, ast.Name) and node.id == name), None)
+    if len(uses) != 2 or found is None or not isinstance(found.ctx, ast.Load):
         return None
-    uses = sum(isinstance(node, ast.Name) and node.id == target.id for node in ast.walk(function))
-    if uses != 2 or one.value.lineno != one.value.end_lineno:
+    if any(found in set(ast.walk(node)) for node in inside if isinstance(node, _DEFERRED)):
         return None
-    return f"return {place.of(one.value)}"
+    at, calls = place.start(found), any(isinstance(node, ast.Call) for node in ast.walk(value))
+    if calls and any(isinstance(node, ast.Call) and place.end(node) <= at for node in inside):
+        return None  # it would be called after what it comes before
+    one_line = value.lineno == value.end_lineno and all(part.lineno == part.end_lineno == two.lineno for part in head)
+    line = place.line(two.lineno)
+    whole = two.end_lineno == two.lineno or line.endswith(":")
+    if not one_line or not whole or line.lstrip().startswith("elif"):
+        return None
+    text = place.of(value)
+    apart = [part for node in inside for part in _apart(node)]  # what commas and brackets already set apart
+    plain = isinstance(value, _ATOMS) or found in [getattr(two, "value", None), *apart]
+    start = at - place.starts[two.lineno - 1]
+    data = line.encode()
+    return (
+        (data[:start] + (text if plain else f"({text})").encode() + data[start + len(name.encode()) :]).decode().strip()
+    )
+
+
+def _apart(node: ast.AST) -> list[ast.expr]:
+    if isinstance(node, ast.Call):
+        return [*node.args, *(keyword.value for keyword in node.keywords)]
+    return [node.slice] if isinstance(node, ast.Subscript) else list(getattr(node, "elts", []))
+
+
+def _head(node: ast.stmt) -> list[ast.expr]:
+    """The expressions that a statement evaluates once, on its first line."""
+    if isinstance(node, ast.Return | ast.Expr | ast.Assign | ast.AugAssign | ast.AnnAssign):
+        return [node.value] if node.value is not None else []
+    if isinstance(node, ast.If):
+        return [node.test]
+    return [node.iter] if isinstance(node, ast.For) else []
 
 
 def _joined(one: ast.stmt, two: ast.stmt, place: Text) -> str | None:
@@ -146,7 +220,7 @@ def _pairs(node: ast.stmt) -> list[tuple[ast.expr, ast.expr]] | None:
     else:
         return None
     plain = all(isinstance(t.value if isinstance(t, ast.Attribute) else t, ast.Name) for t, _ in pairs)
-    starred = any(isinstance(v, ast.Starred | ast.Tuple | ast.Yield) for _, v in pairs)
+    starred = any(isinstance(v, ast.Starred | ast.Yield) for _, v in pairs)
     return pairs if plain and not starred else None
 
 

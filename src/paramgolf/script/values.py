@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ class Facts:
     """What holds for one recipe.
 
     values: (class, attribute) -> its value, or PRESENT.
+    choices: (class, attribute) -> the values that its objects have.
     inline: those of them that are state: their assignments go and their reads become the value.
     absent: classes of which there is never an instance; what is annotated `X | None` is None.
     no_ops: `function` or `Class.method`: a statement that only calls it goes.
@@ -36,6 +38,7 @@ class Facts:
 
     values: dict[tuple[str, str], Any] = field(default_factory=dict)
     inline: frozenset[tuple[str, str]] = frozenset()
+    choices: dict[tuple[str, str], frozenset[Any]] = field(default_factory=dict)
     absent: frozenset[Symbol] = frozenset()
     no_ops: frozenset[str] = frozenset()
     parameters: dict[tuple[str, str, str], Any] = field(default_factory=dict)
@@ -66,6 +69,10 @@ class Values:
             return self._bool_value(node, frame)
         if isinstance(node, ast.Compare) and len(node.ops) == 1:
             return self._compare_value(node, frame)
+        if isinstance(node, ast.Compare):
+            sides = itertools.pairwise([node.left, *node.comparators])
+            links = [ast.Compare(a, [op], [b]) for (a, b), op in zip(sides, node.ops, strict=True)]
+            return self._bool_value(ast.BoolOp(ast.And(), list[ast.expr](links)), frame)
         if isinstance(node, ast.Tuple | ast.List | ast.Set):
             parts = [self.value(part, frame) for part in node.elts]
             return UNKNOWN if any(p is UNKNOWN or p is PRESENT for p in parts) else tuple(parts)
@@ -173,6 +180,11 @@ class Values:
                 return value if not unknown else not neutral
         return UNKNOWN if unknown else result
 
+    def _choices(self, node: ast.expr, frame: Frame) -> frozenset[Any] | None:
+        """The values that an attribute has in some object or other."""
+        base = self.types.infer(node.value, frame) if isinstance(node, ast.Attribute) else None
+        return None if base is None else self.facts.choices.get((base.symbol.name, getattr(node, "attr", "")))
+
     def _is_never(self, node: ast.expr) -> bool:
         return isinstance(node, ast.Name) and self.package.resolve(self.module, node.id) in self.facts.never
 
@@ -180,6 +192,11 @@ class Values:
         left, right = self.value(node.left, frame), self.value(node.comparators[0], frame)
         if isinstance(node.ops[0], ast.Eq) and self._is_never(node.comparators[0]):
             return False
+        if left is UNKNOWN and right is not UNKNOWN and isinstance(node.ops[0], ast.Eq | ast.In | ast.NotEq):
+            choices = self._choices(node.left, frame)
+            wanted = right if isinstance(node.ops[0], ast.In) else (right,)
+            if choices is not None and not any(choice in wanted for choice in choices):
+                return isinstance(node.ops[0], ast.NotEq)
         if left is UNKNOWN or right is UNKNOWN:
             return UNKNOWN
         if isinstance(node.ops[0], ast.Is | ast.IsNot):
