@@ -16,6 +16,7 @@ from paramgolf.errors import GolfError
 from paramgolf.model.gpt import GPT
 from paramgolf.optim.schedule import decay_mul, loop_passes
 from paramgolf.recipe.sections import ScheduleSection
+from paramgolf.runner.run import check
 from paramgolf.train.callbacks import Callback
 from paramgolf.train.modes import ModeSwitch
 from paramgolf.train.signals import Interrupted
@@ -117,6 +118,8 @@ def test_a_loop_table_that_does_not_fit_is_refused(at: list[float]) -> None:
 
 def test_packed_rows_need_document_masks() -> None:
     recipe = tiny(data={"order": "packed"})
+    with pytest.raises(GolfError, match=r"model\.document_mask=true"):
+        check(recipe)  # before any data is read
     with pytest.raises(GolfError, match=r"model\.document_mask=true"):
         ModeSwitch(GPT(recipe.model, 384), recipe)
 
