@@ -80,7 +80,7 @@ class TextModel:
 
     def lanes(self, size: int) -> int:
         """Lanes to cut `size` bytes into."""
-        count = max(size // LANE_BYTES, min(4, size // LEAST_LANE))
+        count = max(size // LANE_BYTES, min(8, size // LEAST_LANE))
         return max(1, min(MAX_LANES, self.lane_limit(self.seq_len), count))
 
     def encode(
