@@ -124,6 +124,20 @@ def test_training_and_export_agree_on_every_kind_of_grid() -> None:
             assert torch.equal(grid.fake_quantize(weight), grid.dequantize(*grid.quantize(weight)))
 
 
+def test_the_input_share_of_a_tied_embedding_spreads_its_error_over_all_directions() -> None:
+    weight, hessian = layer(rows=200)
+    state, hessians = {"tok_emb.weight": weight, "other": weight}, {"tok_emb.weight": hessian, "other": hessian}
+    section = QuantSection(method="gptq", grids={"g": GridSection(bits=4)}, rules=(RuleSection(store="g"),))
+    tied = [restore(export(state, replace(section, input_share=s), 1, hessians)) for s in (0.0, 0.3)]
+    plain = [weighted_error(weight, back["tok_emb.weight"], None) for back in tied]
+    output = [weighted_error(weight, back["tok_emb.weight"], hessian) for back in tied]
+    assert plain[1] < 0.95 * plain[0] and output[1] > output[0]
+    assert torch.equal(tied[0]["other"], tied[1]["other"]) and torch.equal(tied[0]["other"], tied[0]["tok_emb.weight"])
+    untied = {**state, "lm_head.weight": weight}
+    alone = restore(export(untied, replace(section, input_share=0.3), 1, {**hessians, "lm_head.weight": hessian}))
+    assert torch.equal(alone["tok_emb.weight"], tied[0]["other"])
+
+
 # -- mixed bits ----------------------------------------------------------------------------------------------------
 
 
@@ -343,14 +357,22 @@ def test_every_quantiser_keeps_to_its_grid() -> None:
 
 
 def test_a_model_with_everything_on_goes_into_a_file_and_comes_out_ready(tmp_path: Path) -> None:
-    """Mixed bits, GPTQ with weighted clips, coarse scales, salient columns and corrections, by recipe keys alone."""
+    """Mixed bits, GPTQ with weighted clips, coarse scales, salient columns and corrections, all by keys."""
     sizes = ["model.dim=96", "model.num_layers=2", "model.num_heads=4", "model.num_kv_heads=2", "model.mlp_hidden=192"]
-    keys = [
-        "quant.method=gptq", "quant.coarse_grid=int4", "quant.coarse_fraction=0.3", "quant.awq_columns=32",
-        "quant.lqer_tensors=2", "quant.grids.int4.bits=4", "quant.grids.int4.clip=mse", "quant.grids.int6.scale_bits=5",
-        "quant.grids.int6.row_weight=0.175", "quant.grids.int6.clip=sdclip", "quant.grids.int6.clip_value=12.0",
-    ]  # fmt: skip
-    recipe = load_recipe("pocket", [*sizes, *keys, "budget.bytes=0", "pack.fit=false", "model.parts={}"])
+    section = QuantSection(
+        method="gptq",
+        grids={
+            "int6": GridSection(bits=6, clip="sdclip", clip_value=12.0, scale_bits=5, row_weight=0.175),
+            "int4": GridSection(bits=4, clip="mse"),
+        },
+        rules=(RuleSection(match="@control", store="float16"), RuleSection(store="int6")),
+        coarse_grid="int4",
+        coarse_fraction=0.3,
+        input_share=0.1,
+        awq_columns=32,
+        lqer_tensors=2,
+    )
+    recipe = replace(load_recipe("baseline", [*sizes, "budget.bytes=0", "pack.codec=rans"]), quant=section)
     model = GPT(recipe.model, 300)
     draw = torch.Generator().manual_seed(5)
     state = {name: torch.randn(t.shape, generator=draw) * 0.1 for name, t in model.state_dict().items()}

@@ -16,6 +16,7 @@ from paramgolf.quant.grid import Grid
 from paramgolf.quant.plan import Store, plan
 from paramgolf.quant.registry import QUANTIZERS, Quantizer
 from paramgolf.quant.sensitivity import mixed
+from paramgolf.quant.weighted import with_input_share
 from paramgolf.recipe.sections import QuantSection
 
 _FLOAT16_MAX = 65_504.0
@@ -41,12 +42,13 @@ def export(
     float32, whatever type and device they have.
     Raises GolfError for non-finite weights, for values too large for float16, and for tensors without a rule.
     """
+    hessians = with_input_share(hessians or {}, state, section.input_share)
     section = mixed(section, state, num_layers, hessians)
     quantize: Quantizer = QUANTIZERS[section.method]
     grids = {name: Grid(grid) for name, grid in section.grids.items()}
     floats = {name: tuple(t.shape) for name, t in state.items() if t.is_floating_point()}
     stores = plan(floats, section, num_layers)
-    salient = _salient(state, section, stores, hessians or {})
+    salient = _salient(state, section, stores, hessians)
     out = []
     for name, tensor in state.items():
         weight = tensor.detach()
@@ -55,7 +57,7 @@ def export(
         elif stores[name].grid is None:
             out.append(_kept(name, weight.float(), stores[name].name))
         else:
-            hessian, grid = (hessians or {}).get(name), grids[stores[name].name]
+            hessian, grid = hessians.get(name), grids[stores[name].name]
             if clips and name in clips:
                 grid = Grid(replace(grid.section, clip_value=clips[name]))
             group: list[StoredTensor] = []
