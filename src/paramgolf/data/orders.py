@@ -16,7 +16,7 @@ from which any process goes on.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Protocol
@@ -324,7 +324,12 @@ ORDERS = ("shuffled", "sequential", "coprime", "shuffled_shards", "packed")
 
 def make_order(name: str, shards: Sequence[np.ndarray], seq_len: int, batch_tokens: int, seed: int) -> Order:
     """The order called `name`; GolfError if there is none or the data is too small for it."""
-    windows = {"shuffled": Shuffled, "sequential": Sequential, "coprime": Coprime, "shuffled_shards": ShuffledShards}
+    windows: dict[str, Callable[..., Order]] = {
+        "shuffled": Shuffled,
+        "sequential": Sequential,
+        "coprime": Coprime,
+        "shuffled_shards": ShuffledShards,
+    }
     if name == "packed":
         rows = math.gcd(REFERENCE_SPANS, batch_tokens // seq_len)
         return Packed(shards, batch_tokens // rows, rows, seed)
