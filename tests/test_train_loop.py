@@ -16,11 +16,11 @@ from paramgolf.errors import GolfError
 from paramgolf.model.gpt import GPT
 from paramgolf.quant.grid import Grid
 from paramgolf.recipe.sections import GridSection
+from paramgolf.train.assemble import hold_out
 from paramgolf.train.callbacks import JsonLines, PlainProgress, StepInfo
 from paramgolf.train.clock import Clock
 from paramgolf.train.qat import GridPoint, QatSwitch, weight_grids
 from paramgolf.train.runtime import restore_rng, rng_state, seed_all
-from paramgolf.train.assemble import hold_out
 from paramgolf.train.step import micro_sizes
 from tests.train_common import QUANT, VOCAB, Log, make_dataset, same, tiny, train, weights
 
