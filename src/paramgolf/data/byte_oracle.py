@@ -158,7 +158,7 @@ def _parts(tokens: np.ndarray, bos_id: int) -> Iterator[np.ndarray]:
 def table_lines(check: dict[str, Any]) -> list[str]:
     """What a `ByteCheck.as_dict` says to a reader: a line, and one for each document shown."""
     differ, true, counted = check["documents_that_differ"], check["true_bytes"], check["table_bytes"]
-    share = f" ({100 * (counted - true) / true:+.2f} %)" if true and counted != true else ""
+    share = f" ({100 * (counted - true) / true:+.2g} %)" if true and counted != true else ""
     head = f"byte table {counted:,}{share}, true {true:,}, {differ:,} of {check['documents']:,} documents differ"
     head += f" (by at most {check['largest_difference']:,} bytes)" if differ else ""
     if changed := check["documents_changed"]:
