@@ -20,7 +20,7 @@ from tests.run_common import TINY, error_line, golf_here, prose
 
 OVERRIDES = [
     *TINY, "model.dim=96", "model.mlp_hidden=128", "model.num_layers=3", "budget.steps=12", "pack.fit_tokens=1024",
-    "quant.calibration_tokens=2048", "score.stride=0", "budget.bytes=110000",
+    "quant.calibration_tokens=2048", "score.stride=0", "budget.bytes=110000", "quant.method=rtn",
 ]  # fmt: skip
 QUICK = ["pack.fit_tokens=512", "quant.calibration_tokens=1024"]
 
@@ -84,7 +84,7 @@ def test_a_cap_below_the_coarsest_plan_names_the_smallest_that_does(finished: Pa
 
 def test_the_frontier_is_drawn_into_the_report(folder: Path, capfd: Any) -> None:
     before = (folder / "report.html").read_text()
-    result = packed(capfd, folder, "--bytes", "80000", "--frontier")
+    result = packed(capfd, folder, "--bytes", "80000", "--frontier", "quant.method=rtn")
     points = result["frontier"]["points"]
     assert len(points) == 3 and [p["total_bytes"] for p in points] == sorted(p["total_bytes"] for p in points)
     assert points[0]["measured_bpb"] > points[-1]["measured_bpb"]

@@ -23,6 +23,18 @@ ENCODES = 10  # real encodes after which the best so far is taken
 KILOBYTE = 1000
 _TARGETS = 40  # estimates tried; plans that were coded before cost nothing
 
+
+class CapTooSmall(GolfError):
+    """Not even the coarsest plan fits; `smallest` bytes would do."""
+
+    def __init__(self, cap: int, smallest: int) -> None:
+        super().__init__(
+            f"budget.bytes={cap} is below what this model takes on its coarsest grids; shrink the model, or set "
+            f"budget.bytes={smallest}"
+        )
+        self.smallest = smallest
+
+
 Size = Callable[[QuantSection, Mapping[str, float]], int]  # counted bytes of the file stored so, with clips by tensor
 
 
@@ -77,7 +89,7 @@ def solve(groups: Sequence[Group], recipe: Recipe, size: Size) -> Fit:
         groups: what `curves.measure` said of the weights.
         size: quantises, codes and measures; called about three times, `ENCODES` + 1 at the most.
 
-    Raises GolfError when the coarsest plan does not fit, with its size.
+    Raises CapTooSmall when the coarsest plan does not fit.
     """
     return _Search(list(groups), recipe.quant, size, cap_of(recipe)).run()
 
@@ -130,10 +142,7 @@ class _Search:
         if not best:
             best = self._at(np.inf)
             if (size := self._encode(best)) > self.cap:
-                raise GolfError(
-                    f"budget.bytes={self.cap} is below what this model takes on its coarsest grids; shrink the model, "
-                    f"or set budget.bytes={size}"
-                )
+                raise CapTooSmall(self.cap, size)
         return self._fit(best)
 
     def _at(self, price: float) -> list[int]:

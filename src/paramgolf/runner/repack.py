@@ -6,7 +6,6 @@ text, each its own windows as far as there is enough of it; validation text is n
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import json
@@ -31,6 +30,7 @@ from paramgolf.pack.curves import Curves, Loss, open_up
 from paramgolf.pack.ledger import Ledger
 from paramgolf.pack.packer import load_artifact, pack_model
 from paramgolf.pack.registry import CODECS
+from paramgolf.pack.solver import CapTooSmall
 from paramgolf.quant.hessian import collect, training_loss, training_rows
 from paramgolf.quant.registry import QUANTIZERS
 from paramgolf.recipe.load import load_recipe, to_table
@@ -245,17 +245,20 @@ class Packing:
         """Bytes against bits per byte from the coarsest plan to the finest; `done` is what `pack` said of one cap."""
         beside = done["total_bytes"] - sum(group["bytes"] for group in done["groups"].values())
         low, high = (beside + sum(float(g.bytes[end]) for g in self.curves.groups) for end in (0, -1))
-        points = [done]
-        for cap in np.geomspace(1.15 * low, 0.99 * high, FRONTIER_CAPS):
-            with contextlib.suppress(GolfError):  # `low` is an estimate: the coarsest plan may take more
-                points.append(self.pack(int(cap), scratch))
+        points = {int(done["total_bytes"]): done}
+        for cap in np.geomspace(low, 0.99 * high, FRONTIER_CAPS):
+            try:
+                point = self.pack(int(cap), scratch)
+            except CapTooSmall as error:  # `low` is an estimate: this is the coarsest plan
+                point = self.pack(error.smallest, scratch)
+            points[int(point["total_bytes"])] = point
         keys = ("total_bytes", "cap_bytes", "measured_bpb", "predicted_bpb", "measured_loss", "predicted_loss")
         return {
             "float_bpb": done["float_bpb"],
             "check_tokens": CHECK_TOKENS,
             "method": done["method"],
             "chosen_bytes": done["total_bytes"],
-            "points": sorted(({key: p[key] for key in keys} for p in points), key=lambda p: p["total_bytes"]),
+            "points": [{key: point[key] for key in keys} for _, point in sorted(points.items())],
         }
 
 
