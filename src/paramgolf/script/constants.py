@@ -172,7 +172,8 @@ class Constants:
             node = self._function((symbol, ""))
             body = [s for s in node.body if not _is_nothing(s)] if node is not None else []
             if node is not None and len(body) == 1 and isinstance(body[0], ast.Return) and not node.decorator_list:
-                value = self._value(body[0].value, Frame(symbol.module)) if body[0].value is not None else UNKNOWN
+                frame = Frame(symbol.module, None, node, Frame(symbol.module))
+                value = self._value(body[0].value, frame) if body[0].value is not None else UNKNOWN
                 if isinstance(value, _SIMPLE):
                     learned[symbol.module, symbol.name] = value
         return learned

@@ -254,6 +254,19 @@ class Stopwatch:
             self.zero += time.monotonic() - begun
 
 
+class OneMode:
+    """The modes of a model that never changes."""
+
+    def __init__(self, model: GPT, recipe: Recipe) -> None:
+        self.states = [0]
+
+    def wanted(self, fraction: float) -> int:
+        return 0
+
+    def set(self, mode: int) -> bool:
+        return False
+
+
 def join(device: str) -> Dist:
     """The process group that torchrun names."""
     world, rank, local_rank = (

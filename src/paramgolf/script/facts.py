@@ -8,7 +8,7 @@ from typing import Any
 from paramgolf.pack.container import BYTE_CODECS
 from paramgolf.recipe.sections import GridSection, Recipe
 from paramgolf.script.source import Symbol
-from paramgolf.script.values import Facts
+from paramgolf.script.values import PRESENT, Facts
 
 ENTRY = "paramgolf.script.entry"
 MAIN = Symbol(ENTRY, "main")
@@ -54,6 +54,8 @@ def substitutes_of(recipe: Recipe, *, own_tokenizer: bool) -> dict[Symbol, Symbo
         chosen[Symbol("paramgolf.quant.lqer", "applied")] = UNCHANGED
     if recipe.train.attention in ("auto", "sdpa") and not recipe.model.document_mask:
         chosen[Symbol("paramgolf.model.attention", "choose")] = Symbol(ENTRY, "choose")
+    if not recipe.quant.qat and not recipe.model.loop_extra:
+        chosen[Symbol("paramgolf.train.modes", "ModeSwitch")] = Symbol(ENTRY, "OneMode")
     return chosen
 
 
@@ -91,8 +93,23 @@ def facts_of(recipe: Recipe) -> Facts:
     if libraries:
         never.add(Symbol("paramgolf.pack.side", "_FLOATS"))
     no_ops = NO_OPS if recipe.stages else NO_OPS | UNSTAGED
-    inline = frozenset({("Interrupts", "pending")})
-    return Facts(values, inline, choices, absent, no_ops, never=frozenset(never), guarded=GUARDED)
+    if recipe.average.kind == "none" and not recipe.quant.post_qat and not recipe.model.loop_extra:
+        no_ops |= {"finish"}
+    return Facts(
+        values, frozenset({("Interrupts", "pending")}), choices, absent, no_ops, parameters_of(recipe),
+        never=frozenset(never), guarded=GUARDED,
+    )  # fmt: skip
+
+
+def parameters_of(recipe: Recipe) -> dict[tuple[str, str, str], Any]:
+    """What torch passes on to methods that are not called by name."""
+    known: dict[tuple[str, str, str], Any] = {("paramgolf.model.gpt", "GPT.forward", "targets_BT"): PRESENT}
+    if recipe.average.kind == "none" or recipe.average.select != "train":
+        known["paramgolf.model.gpt", "GPT.forward", "reduction"] = "mean"
+    if not recipe.model.document_mask:
+        known["paramgolf.model.backends", "ScaledDotProduct.__call__", "mask"] = None
+        known["paramgolf.model.gpt", "GPT.forward", "segments_BT"] = None
+    return known
 
 
 def registries_of(recipe: Recipe) -> dict[str, list[str]]:
