@@ -6,7 +6,8 @@ integers; `with-scales` is our codec with the row scales known, as in an artifac
 Peers: one byte a weight, strongest setting, as stored and with each tensor transposed (-T); lrzip -z where installed.
 
 Each result is written when it is there, and the same command goes on where a stopped one ended. On one quiet core the
-whole takes about 45 minutes (brotli-11 and lrzip -z most of it), --quick two.
+whole takes about 45 minutes (brotli-11 and lrzip -z most of it); --quick takes two and the time of the training, which
+--weights FILE keeps for the next run.
 """
 
 from __future__ import annotations
