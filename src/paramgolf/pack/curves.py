@@ -35,7 +35,7 @@ PROBE_BITS = 6
 PROBE_STEPS = (0.5, 1.0)  # row deviations: where the cost in loss is measured; the second if the first shows nothing
 PROBE_LOSS = 1e-3  # nats that are more than nothing
 LEAST_LOSS = 1e-5  # nats that a probed group is taken to cost at the least
-WORTH = 65_536  # weights from which a matrix that a recipe keeps in floating point is worth a grid
+WORTH = 4096  # weights from which a matrix that a recipe keeps in floating point is worth a grid
 _POINTS = 9  # of a curve for each number of bits; between them log k is interpolated
 _DENSE = 1000
 _ROWS = 128  # of each tensor that are measured
@@ -239,8 +239,8 @@ class _Measured:
             at, known = np.log(dense), np.log(ks)
             between = np.exp(np.interp(at, known, np.log(np.maximum(errors, 1e-30))))
             found.append((np.full(_DENSE, bits), dense, np.interp(at, known, sizes), between))
-        columns = [np.concatenate(column) for column in zip(*found, strict=True)]
-        return _Measured(name, tuple(members), base, samples, *columns)
+        all_bits, all_k, sizes, errors = (np.concatenate(column) for column in zip(*found, strict=True))
+        return _Measured(name, tuple(members), base, samples, all_bits, all_k, sizes, errors)
 
     def group(self) -> Group:
         """The pairs that no other beats in bytes and in cost."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -144,6 +145,10 @@ class _Maker:
     hessians: Mapping[str, Tensor] | None
     _kept: tuple[Any, list[StoredTensor]] | None = None
 
+    def counted(self, codec: str, quant: QuantSection, clips: Mapping[str, float]) -> int:
+        """Bytes that the cap would count."""
+        return self.coded(quant, clips, codec).ledger.counted_bytes
+
     def coded(self, quant: QuantSection, clips: Mapping[str, float] | None, codec: str) -> _Made:
         """The file whose weights are stored by `quant`, with clips by tensor name where given."""
         recipe = dataclasses.replace(self.recipe, quant=quant)
@@ -170,7 +175,7 @@ def _filled(groups: Sequence[Group], recipe: Recipe, maker: _Maker) -> tuple[Fit
     """
     tried = [codec := "rans" if recipe.pack.codec == "auto" else recipe.pack.codec]
     while True:
-        fit = solve(groups, recipe, lambda quant, clips, c=codec: maker.coded(quant, clips, c).ledger.counted_bytes)
+        fit = solve(groups, recipe, partial(maker.counted, codec))
         done = maker.coded(fit.quant, fit.clips, recipe.pack.codec)
         codec = done.ledger.codec
         if codec in tried or done.ledger.counted_bytes >= LOWEST * recipe.budget.bytes:
