@@ -29,6 +29,7 @@ from paramgolf.runner.repack import Packing, data_of, open_trained
 from paramgolf.score.scorer import score
 
 REFERENCES = ("baseline", "pr107", "pr114", "pr128", "pr137")
+SMALL = 4096  # weights up to which the published schemes leave a tensor of a small model in half precision
 LEAST_GAP = 0.02  # BPB that plain rounding must cost at the cap
 TARGET = 0.6  # of that cost, for GPTQ with the solver
 
@@ -113,9 +114,14 @@ def _on_one_grid(recipe: Recipe, **grid: Any) -> Recipe:
 
 
 def _reference(recipe: Recipe, name: str) -> Recipe:
-    """The model's recipe with the export of a published system; rules that name small tensors fit it as they are."""
+    """The model's recipe with the export of a published system.
+
+    Their matrices have 131,072 weights and more, and what has less than 65,536 stays in half precision. Here that limit
+    is `SMALL`, or next to nothing would be on their grids.
+    """
     other = load_recipe(name)
-    quant = dataclasses.replace(other.quant, qat="", post_qat="")
+    rules = tuple(dataclasses.replace(r, max_size=SMALL) if r.max_size else r for r in other.quant.rules)
+    quant = dataclasses.replace(other.quant, qat="", post_qat="", rules=rules)
     return dataclasses.replace(recipe, quant=quant, pack=other.pack)
 
 
