@@ -13,6 +13,9 @@ import numpy as np
 import pytest
 import sentencepiece
 
+from paramgolf.api import load
+from paramgolf.data.build import VAL_TEXT
+from paramgolf.data.cache import cache_root
 from paramgolf.data.shards import write_shard
 from paramgolf.data.sources import SEPARATOR
 from paramgolf.data.tokenizer import Tokenizer
@@ -23,6 +26,8 @@ from paramgolf.recipe.load import load_recipe
 from paramgolf.runner.folder import RunFolder
 from paramgolf.runner.proof import proof_text
 from paramgolf.runner.record import SEAL, seal, write_record
+from paramgolf.runner.run import run
+from paramgolf.runner.summary import summary_text
 from paramgolf.score.scorer import score
 from paramgolf.text import pieces as cut
 from paramgolf.text.blocks import TextModel
@@ -30,7 +35,7 @@ from paramgolf.text.format import Content
 from paramgolf.text.peers import compress_peers
 from paramgolf.text.prove import compare, decode_elsewhere, prove
 from paramgolf.text.replay import DocumentHashes
-from tests.run_common import error_line, golf_here, prose
+from tests.run_common import TINY, error_line, golf_here, prose
 from tests.test_text_files import SIZES, make_artifact
 
 DOCUMENTS = [prose()[at : at + 900].encode() for at in range(0, 18_000, 900)]
@@ -53,12 +58,14 @@ def proved(artifact: Path, source: Path, **settings: Any) -> dict[str, Any]:
 
 
 def scored(artifact: Path, tokens: np.ndarray, size: int, **settings: Any) -> float:
-    """val_bpb by the scorer itself, over the whole stream at once."""
+    """Bits a byte by the scorer itself with the artifact's n-gram cache, over the whole stream at once."""
     model = TextModel(artifact, device="cpu")
-    return score(
+    bits = score(
         model.model, tokens, token_bytes=model.tokenizer.token_bytes, true_bytes=size, seq_len=model.seq_len,
-        bos_id=model.tokenizer.bos_id, **settings,
-    ).val_bpb  # fmt: skip
+        bos_id=model.tokenizer.bos_id, ngram=model.ngram, **settings,
+    ).val_bpb_ngram  # fmt: skip
+    assert bits is not None
+    return bits
 
 
 def test_the_scorers_own_lanes_and_windows(
@@ -105,6 +112,23 @@ def test_a_prefix_recorded_in_the_run(
     assert after["proved_bpb"] == proof["proved_bpb"] and seal(after)[SEAL] == after[SEAL] != record[SEAL]
     folder.record.write_text(json.dumps(after | {"val_bpb": 1.0}))
     assert "seal" in error_line(golf_here(capfd, "prove", tmp_path, "--data", text, "--limit", "300"))
+
+
+def test_a_run_with_lanes_and_its_proof(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """`score.lanes` goes from the recipe through record and artifact to the proof; report and summary show it."""
+    folder = RunFolder(tmp_path / "run")
+    record = run(load_recipe("pocket", [*TINY, "score.stride=0", "score.lanes=3"]), out=folder.root)
+    assert record is not None and record["lanes"] == 3 and load(folder.artifact).lanes == 3
+    val = cache_root() / record["data"]["key"][:20] / VAL_TEXT
+    shown = golf_here(capfd, "prove", folder.root, "--data", val)
+    assert shown.code == 0 and "recorded in" in shown.err and "3 lanes" in shown.out
+    after = folder.read_record()
+    assert after is not None and after["proof"]["validation"] and after["proof"]["lanes"] == 3
+    assert after["proof"]["val_bpb_same_windows"] == pytest.approx(record["val_bpb_ngram"], rel=5e-3)  # float32 or bfloat16
+    assert after["proved_bpb"] == pytest.approx(record["val_bpb_ngram"], rel=0.05)
+    assert "proved: " in summary_text(after) and "proved: " not in summary_text(record)
+    page = folder.report.read_text()
+    assert "<h2>Proof</h2>" in page and f"{after['proof']['file_bytes']:,}" in page
 
 
 def test_shards_are_proved_as_tokens(artifact: Path, text: Path, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import zstandard
 
 from paramgolf.data import sources
@@ -138,6 +139,7 @@ class Work:
         most = max(1, self._model.lane_limit(self._model.seq_len))
         if self.content is Content.DOCUMENTS and not lanes:
             return cut.even_pieces(self._parts(), tokenizer, most)
+        chunks: Iterator[np.ndarray]
         if self.content is Content.DOCUMENTS:
             chunks = (tokenizer.encode_documents([document]) for document in cut.whole(self._parts()))
         else:
@@ -275,9 +277,10 @@ def _score_piece(piece: Piece, model: TextModel, header: Header, tally: Tally) -
         scored = score(
             model.model, piece.tokens, token_bytes=model.tokenizer.token_bytes, true_bytes=piece.size,
             seq_len=header.seq_len, stride=header.stride, batch_tokens=model.batch_tokens, lane_starts=piece.starts,
-            bos_id=model.tokenizer.bos_id,
+            bos_id=model.tokenizer.bos_id, ngram=model.ngram,
         )  # fmt: skip
-    tally.bits += scored.val_loss * scored.scored_tokens / math.log(2)
+    loss = scored.val_loss if scored.ngram_loss is None else scored.ngram_loss
+    tally.bits += loss * scored.scored_tokens / math.log(2)
     tally.size += scored.scored_bytes
     tally.score_seconds += scored.seconds
 
