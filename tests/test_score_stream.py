@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from paramgolf.errors import CheckFailed, GolfError
+from paramgolf.recipe.sections import NgramLevel, NgramSection
 from paramgolf.score.scorer import score
 from paramgolf.score.stream import decode_stream, encode_stream
 from paramgolf.score.windows import lanes
@@ -30,6 +31,25 @@ def test_size_is_the_score() -> None:
     bits = score(model, tokens, token_bytes=TABLE, seq_len=T).val_loss * 3999 / math.log(2)
     data = encode_stream(model, tokens, seq_len=T, tolerance=1e-4)
     assert bits <= 8 * len(data) <= bits * 1.01 + 8 * 24
+
+
+@pytest.mark.parametrize(("stride", "count"), [(T, 1), (6, 4)])
+def test_with_the_ngram_cache(stride: int, count: int) -> None:
+    model, tokens = tiny_model(), np.tile(stream(150), 6)
+    levels = (NgramLevel(order=2, strength=1.0, discount=0.5), NgramLevel(scope="text", order=4))
+    starts = lanes(tokens, count, 1)
+    scored = score(
+        model, tokens, token_bytes=TABLE, seq_len=T, stride=stride, lane_starts=starts,
+        ngram=NgramSection(levels=levels),
+    )  # fmt: skip
+    assert scored.ngram_loss is not None and scored.ngram_loss < 0.9 * scored.val_loss
+    data = encode_stream(model, tokens, seq_len=T, stride=stride, lane_starts=starts, tolerance=1e-4, ngram=levels)
+    bits = scored.ngram_loss * scored.scored_tokens / math.log(2)
+    assert bits <= 8 * len(data) <= bits * 1.02 + 8 * (24 + 6 * count)
+    back = decode_stream(model, data, first_token=1, seq_len=T, stride=stride, ngram=levels)
+    np.testing.assert_array_equal(np.concatenate(back), tokens)
+    with pytest.raises(CheckFailed):
+        decode_stream(model, data, first_token=1, seq_len=T, stride=stride)
 
 
 def test_the_shortest_stream() -> None:

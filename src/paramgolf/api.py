@@ -61,6 +61,11 @@ class LanguageModel:
         """Lanes that the artifact's own score cuts a text into, at document starts (`score.lanes`)."""
         return min(max(1, self._score_config("lanes")), MAX_LANES)
 
+    @property
+    def ngram(self) -> NgramSection:
+        """The n-gram cache of the artifact's own score; no levels if it has none."""
+        return adapt.ngram_of(self.config)
+
     def _score_config(self, key: str) -> int:
         table = self.config.get("score")
         value = table.get(key, 0) if isinstance(table, dict) else 0
@@ -113,7 +118,7 @@ class LanguageModel:
         else:
             tokens, true_bytes, sizes = open_text(source, self.tokenizer)
         table = check_stream(tokens, sizes, self.tokenizer, where=str(source)).as_dict() if sizes else None
-        ngram = adapt.ngram_of(self.config)
+        ngram = self.ngram
         standard = self._score(tokens, true_bytes, 0, seq_len, 0.0, progress, None if stride else ngram)
         results = standard.as_dict() | {"byte_table": table}
         if stride:

@@ -68,6 +68,11 @@ class Score:
         return self.val_bpb * self.scored_bytes / self.table_bytes if self.table_bytes else None
 
     @property
+    def val_bpb_ngram(self) -> float | None:
+        """Bits per byte with the n-gram cache; None without one."""
+        return None if self.ngram_loss is None else self.val_bpb * self.ngram_loss / self.val_loss
+
+    @property
     def sliding(self) -> bool:
         return self.stride < self.seq_len
 
@@ -75,8 +80,7 @@ class Score:
         """The stable result keys; a sliding score has its own, beside the standard ones."""
         cached: dict[str, Any] = {}
         if self.ngram_loss is not None:
-            bits = self.val_bpb * self.ngram_loss / self.val_loss
-            cached = {"val_loss_ngram": self.ngram_loss, "val_bpb_ngram": bits}
+            cached = {"val_loss_ngram": self.ngram_loss, "val_bpb_ngram": self.val_bpb_ngram}
         if self.sliding:
             sliding = {"val_loss_sliding": self.val_loss, "val_bpb_sliding": self.val_bpb, "stride": self.stride}
             return sliding | cached

@@ -2,12 +2,13 @@
 
 The encoder runs the model over whole windows in batches, as the scorer does; the decoder runs it token by token with
 a KV cache, all lanes side by side. Both follow the same `exact` plan, so the size is the score's, plus what `coder`
-costs. The first token of each lane is given, not coded: the caller's begin-of-document token.
+costs. The first token of each lane is given, not coded: the caller's begin-of-document token. Where the artifact has an
+n-gram cache (`ngram`), both mix it into the model's distribution, a cache for each lane.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -16,7 +17,9 @@ from paramgolf.errors import GolfError
 from paramgolf.model.cache import KVCache
 from paramgolf.model.gpt import GPT
 from paramgolf.model.loss import softcap
+from paramgolf.recipe.sections import NgramLevel
 from paramgolf.score import coder
+from paramgolf.score.ngram import NgramCache
 from paramgolf.score.scorer import batch_rows, evaluating, window_batches
 from paramgolf.score.windows import plan
 
@@ -34,6 +37,8 @@ def encode_stream(
     lane_starts: tuple[int, ...] = (0,),
     tolerance: float = 1e-4,
     batch_tokens: int = 16_384,
+    ngram: Sequence[NgramLevel] = (),
+    bos_id: int = 1,
     progress: Progress | None = None,
 ) -> bytes:
     """All tokens but the first of each lane as bytes. `tolerance`: log-odds by which the decoder may differ."""
@@ -41,13 +46,15 @@ def encode_stream(
     # The targets come in stream order, so a lane's are what lies between its start and the next.
     targets = whole.targets()
     lane_of = np.searchsorted(lane_starts, targets, side="right") - 1
+    caches = Caches(ngram, bos_id, [int(tokens[start]) for start in lane_starts])
     encoder: coder.Encoder | None = None
     held: list[np.ndarray] = []
     fed = done = 0
     with evaluating(model, seq_len):
         batch = batch_rows(len(whole), 1, min(seq_len, int(whole.length.max())), batch_tokens)
         for windows, hidden, truth in window_batches(model, tokens, whole, batch):
-            held.append(path_log_odds(model, hidden, truth))
+            mix = caches.mixer(lane_of[done : done + len(truth)], truth)
+            held.append(path_log_odds(model, hidden, truth, mix))
             done += len(truth)
             if encoder is None and (done >= SAMPLE_TOKENS or windows == len(whole)):
                 sample = np.concatenate(held)[:SAMPLE_TOKENS]
@@ -65,14 +72,56 @@ def encode_stream(
     return encoder.finish()
 
 
-def path_log_odds(model: GPT, hidden: torch.Tensor, truth: torch.Tensor) -> np.ndarray:
-    """(n, depth) float64 for hidden states (n, D) and the tokens (n,) that follow, a few at a time."""
-    size = max(1, LOGITS_AT_ONCE // model.vocab_size)
-    parts = [
-        coder.path_log_odds(window_logits(model, hidden[low : low + size]), truth[low : low + size])
-        for low in range(0, len(truth), size)
-    ]
+Mixer = Callable[[torch.Tensor, int], torch.Tensor]
+
+
+def path_log_odds(model: GPT, hidden: torch.Tensor, truth: torch.Tensor, mix: Mixer | None = None) -> np.ndarray:
+    """(n, depth) float64 for hidden states (n, D) and the tokens (n,) that follow, a few at a time. `mix` makes other
+    logits of those from row `low` on."""
+    size, parts = max(1, LOGITS_AT_ONCE // model.vocab_size), []
+    for low in range(0, len(truth), size):
+        logits = window_logits(model, hidden[low : low + size])
+        parts.append(coder.path_log_odds(logits if mix is None else mix(logits, low), truth[low : low + size]))
     return np.concatenate(parts)
+
+
+class Caches:
+    """The n-gram caches of all lanes; nothing where there are no levels."""
+
+    def __init__(self, levels: Sequence[NgramLevel], bos_id: int, first: Sequence[int]) -> None:
+        """`first`: the token with which each lane begins."""
+        self._caches = [NgramCache(levels, bos_id) for _ in first] if levels else []
+        self.give(np.arange(len(first)), np.array(first))
+
+    def give(self, lanes: np.ndarray, tokens: np.ndarray) -> None:
+        """The next token (n,) of each of these lanes (n,), in their order."""
+        if self._caches:
+            for lane, token in zip(lanes.tolist(), tokens.tolist(), strict=True):
+                self._caches[lane].give(token)
+
+    def mixed(self, logits: torch.Tensor, lanes: np.ndarray) -> torch.Tensor:
+        """(n, V) logits of the mixture for the next token of each of these lanes, from the model's."""
+        if not self._caches:
+            return logits
+        probs = torch.softmax(logits.double(), dim=-1).cpu().numpy()
+        mixed = [self._caches[lane].mix(row) for lane, row in zip(lanes.tolist(), probs, strict=True)]
+        return torch.from_numpy(np.log(np.stack(mixed))).to(logits.device)
+
+    def mixer(self, lanes: np.ndarray, truth: torch.Tensor) -> Mixer | None:
+        """For `path_log_odds` of targets (n,) of these lanes: each is given once its own distribution is there."""
+        if not self._caches:
+            return None
+        tokens = truth.cpu().numpy()
+
+        def mix(logits: torch.Tensor, low: int) -> torch.Tensor:
+            rows = []
+            for at in range(len(logits)):
+                mine = slice(low + at, low + at + 1)
+                rows.append(self.mixed(logits[at : at + 1], lanes[mine]))
+                self.give(lanes[mine], tokens[mine])
+            return torch.cat(rows)
+
+        return mix
 
 
 def window_logits(model: GPT, hidden: torch.Tensor) -> torch.Tensor:
@@ -82,13 +131,14 @@ def window_logits(model: GPT, hidden: torch.Tensor) -> torch.Tensor:
 
 
 def decode_stream(
-    model: GPT, data: bytes, *, first_token: int, seq_len: int, stride: int = 0, progress: Progress | None = None
-) -> list[np.ndarray]:
+    model: GPT, data: bytes, *, first_token: int, seq_len: int, stride: int = 0, ngram: Sequence[NgramLevel] = (),
+    progress: Progress | None = None,
+) -> list[np.ndarray]:  # fmt: skip
     """The lanes' tokens, int64, each with its `first_token`: their concatenation is what was encoded.
 
-    Model, `seq_len` and `stride` must be those of the encoder. `progress(done, total)` counts steps of all lanes.
-    Raises GolfError if `data` is no coded stream of this vocabulary, CheckFailed if the tokens do not match their
-    checksum.
+    Model, `seq_len`, `stride` and `ngram` must be those of the encoder. `progress(done, total)` counts steps of all
+    lanes. Raises GolfError if `data` is no coded stream of this vocabulary, CheckFailed if the tokens do not match
+    their checksum.
     """
     decoder = coder.Decoder(data)
     if decoder.settings.vocab_size != model.vocab_size:
@@ -98,9 +148,12 @@ def decode_stream(
         )
     lanes, steps = len(decoder.lengths), int(decoder.lengths.max())
     stepper = Stepper(model, np.full(lanes, first_token), seq_len=seq_len, stride=stride)
+    every, caches = np.arange(lanes), Caches(ngram, first_token, [first_token] * lanes)
     with evaluating(model, seq_len):
         while not decoder.done:
-            stepper.append(np.maximum(decoder.step(stepper.logits()), 0))
+            tokens = np.maximum(decoder.step(caches.mixed(stepper.logits(), every)), 0)
+            caches.give(every, tokens)
+            stepper.append(tokens)
             if progress is not None:
                 progress(decoder.position, steps)
     decoder.finish()

@@ -50,6 +50,7 @@ class TextModel:
         self.path, self.tokenizer = Path(path), language_model.tokenizer
         self.model, self.seq_len = language_model.model, language_model.seq_len
         self.sha256, self.lanes_of_score = language_model.sha256, language_model.lanes
+        self.ngram = language_model.ngram
         self.dtype = str(self.model.compute_dtype).removeprefix("torch.")
         self.model.compute_dtype = torch.float32
         self.batch_tokens = _batch_tokens(language_model)
@@ -90,7 +91,8 @@ class TextModel:
         with exact_arithmetic():
             return encode_stream(
                 self.model, tokens, seq_len=header.seq_len, stride=header.stride, lane_starts=lane_starts,
-                tolerance=header.tolerance, batch_tokens=self.batch_tokens, progress=progress,
+                tolerance=header.tolerance, batch_tokens=self.batch_tokens, ngram=self.ngram.levels,
+                bos_id=self.tokenizer.bos_id, progress=progress,
             )  # fmt: skip
 
     def decode(self, header: Header, data: bytes, limit: int, progress: Progress | None = None) -> list[np.ndarray]:
@@ -101,7 +103,7 @@ class TextModel:
         with exact_arithmetic():
             return decode_stream(
                 self.model, data, first_token=self.tokenizer.bos_id, seq_len=header.seq_len, stride=header.stride,
-                progress=progress,
+                ngram=self.ngram.levels, progress=progress,
             )  # fmt: skip
 
     def text(self, content: Content, lanes: list[np.ndarray], joined: Sequence[bool]) -> bytes:
@@ -124,10 +126,11 @@ class TextModel:
         if len(tokens) < 2:
             return math.inf
         with exact_arithmetic():
-            return score(
+            scored = score(
                 self.model, tokens, token_bytes=self.tokenizer.token_bytes, true_bytes=sum(map(len, pieces)),
-                seq_len=self.seq_len, batch_tokens=self.batch_tokens,
-            ).val_bpb  # fmt: skip
+                seq_len=self.seq_len, batch_tokens=self.batch_tokens, bos_id=self.tokenizer.bos_id, ngram=self.ngram,
+            )  # fmt: skip
+        return scored.val_bpb if scored.val_bpb_ngram is None else scored.val_bpb_ngram
 
 
 def _batch_tokens(model: LanguageModel) -> int:
