@@ -14,7 +14,7 @@ import paramgolf
 from paramgolf.errors import GolfError
 from paramgolf.model.gpt import GPT
 from paramgolf.model.parts.smear_gate import SmearGate
-from paramgolf.recipe.sections import ModelSection
+from paramgolf.recipe.sections import ModelSection, NgramLevel, NgramSection
 from paramgolf.score import legality
 from paramgolf.score.coder import Decoder
 from paramgolf.score.legality import CONDITIONS, Legality, Verdict
@@ -36,8 +36,9 @@ def unknown(result: Legality) -> set[str]:
 
 @pytest.mark.parametrize("stride", [0, 5])
 def test_all_our_paths_pass(stride: int) -> None:
-    results = check_all(tiny_model(), stream(200), seq_len=T, stride=stride)
-    assert results.keys() >= {"windows", "lanes", "token by token", "text coder"}
+    ngram = NgramSection(levels=(NgramLevel(order=1), NgramLevel(scope="text", order=2, strength=0.0)))
+    results = check_all(tiny_model(), stream(200), seq_len=T, stride=stride, ngram=ngram)
+    assert results.keys() >= {"windows", "lanes", "token by token", "text coder", "n-gram cache"}
     assert ("sliding windows" in results) == bool(stride)
     for name, result in results.items():
         assert result.verdict is Verdict.PASS, f"{name}\n{result.text()}"

@@ -133,6 +133,7 @@ class LanguageModel:
             found = check_all(
                 self.model, tokens, seq_len=seq_len or self.seq_len, stride=stride, bos_id=self.tokenizer.bos_id,
                 batch_tokens=self._batch_tokens, adapted=(section, tilt) if learns else None,
+                ngram=ngram,
             )  # fmt: skip
             results["legality"] = {name: legality.as_dict() for name, legality in found.items()}
         return results

@@ -7,6 +7,7 @@ of the decoder; `CoderScorer` the probabilities with which the text coder codes.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -14,10 +15,11 @@ import torch
 from paramgolf.errors import GolfError
 from paramgolf.model.documents import BOS_ID
 from paramgolf.model.gpt import GPT
-from paramgolf.recipe.sections import TiltSection, TttSection
+from paramgolf.recipe.sections import NgramLevel, NgramSection, TiltSection, TttSection
 from paramgolf.score import coder, scorer
 from paramgolf.score.grid import warp
 from paramgolf.score.legality import MIN_TOKENS, Legality, check
+from paramgolf.score.ngram import NgramCache, ngram_nll
 from paramgolf.score.rans import ONE
 from paramgolf.score.stream import Stepper, encode_stream, window_logits
 from paramgolf.score.ttt.legal import AdaptedScorer
@@ -74,6 +76,37 @@ class WindowScorer:
         )  # fmt: skip
         assert result.nll is not None
         return whole.targets(), result.nll
+
+
+class NgramScorer(WindowScorer):
+    """`scorer.score` with the n-gram cache: the windows' distribution, mixed with what the stream has shown so far."""
+
+    def __init__(
+        self, model: GPT, levels: Sequence[NgramLevel], *, seq_len: int, stride: int = 0, batch_tokens: int = 16_384,
+        bos_id: int = 1,
+    ) -> None:  # fmt: skip
+        super().__init__(model, seq_len=seq_len, stride=stride, batch_tokens=batch_tokens, bos_id=bos_id)
+        self._levels = levels
+
+    def starts(self, stream: np.ndarray) -> np.ndarray | None:
+        """None: a level of the whole text looks over documents, whatever the model does."""
+        return None
+
+    def reset(self, stream: np.ndarray) -> None:
+        super().reset(stream)
+        self._cache = NgramCache(self._levels, self._bos_id)
+
+    def log_probs(self) -> np.ndarray | None:
+        row = super().log_probs()
+        return None if row is None else np.log(self._cache.mix(np.exp(row.astype(np.float64))))
+
+    def give(self, token: int) -> None:
+        super().give(token)
+        self._cache.give(int(token))
+
+    def score(self, stream: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        targets, nll = super().score(stream)
+        return targets, ngram_nll(stream, nll, self._levels, bos_id=self._bos_id)
 
 
 class CacheScorer:
@@ -145,12 +178,12 @@ def coded_log_probs(settings: coder.Settings, logits: torch.Tensor, place: int) 
 
 def check_all(
     model: GPT, tokens: np.ndarray, *, seq_len: int, stride: int = 0, bos_id: int = 1, batch_tokens: int = 16_384,
-    cuts: int = 4, adapted: tuple[TttSection, TiltSection] | None = None,
+    cuts: int = 4, adapted: tuple[TttSection, TiltSection] | None = None, ngram: NgramSection | None = None,
 ) -> dict[str, Legality]:  # fmt: skip
     """The check of every path to a score of `model`, by its name, on the beginning of `tokens`: a window and a bit.
 
-    `stride` 0 leaves the sliding windows out; `adapted`: what a score that learns would learn by. Raises GolfError for
-    a text that is too short.
+    `stride` 0 leaves the sliding windows out; `adapted`: what a score that learns would learn by; `ngram`: the cache
+    of the score, if it has one. Raises GolfError for a text that is too short.
     """
     part = np.asarray(tokens[: seq_len + EXTRA_TOKENS]).astype(np.int64)
     if len(part) < MIN_TOKENS:
@@ -164,6 +197,10 @@ def check_all(
     scorers["token by token"] = CacheScorer(model, seq_len=seq_len, stride=stride)
     settings = coder.Decoder(encode_stream(model, part, seq_len=seq_len, batch_tokens=batch_tokens)).settings
     scorers["text coder"] = CoderScorer(model, settings, seq_len=seq_len)
+    if ngram is not None and ngram.levels:
+        scorers["n-gram cache"] = NgramScorer(
+            model, ngram.levels, seq_len=seq_len, stride=stride, batch_tokens=batch_tokens, bos_id=bos_id
+        )
     if adapted is not None:
         scorers["learning"] = AdaptedScorer(
             model, *adapted, seq_len=seq_len, stride=stride, bos_id=bos_id, batch_tokens=batch_tokens
