@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 
 from paramgolf.script.layout import Style
-from paramgolf.script.reach import DROPPED, Reach, annotations, scopes
+from paramgolf.script.reach import DROPPED, Reach, annotated, scopes
 from paramgolf.script.source import BUILTINS, FunctionNode, Import, Scope, Symbol, bound_names, locals_of
 from paramgolf.script.text import Edit, Text, apply
 from paramgolf.script.units import Unit
@@ -165,7 +165,7 @@ class Emitter:
 
     def _annotation_edits(self, module: str, statement: ast.stmt, text: Text) -> Iterator[Edit]:
         """Annotations that name something the script does not have go; `Annotated[T, ...]` becomes T."""
-        for holder, note in annotations(statement):
+        for holder, note in annotated(statement):
             if isinstance(note, ast.Subscript) and ast.unparse(note.value) == "Annotated":
                 assert isinstance(note.slice, ast.Tuple)
                 yield Edit(text.start(note), text.end(note), text.of(note.slice.elts[0]))

@@ -75,7 +75,7 @@ class _Pass(Values):
             value = self.value(node.iter, frame)
             return value is not UNKNOWN and value is not PRESENT and hasattr(value, "__len__") and not len(value)
         if isinstance(node, ast.Assign | ast.AnnAssign):
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            targets: list[ast.expr] = node.targets if isinstance(node, ast.Assign) else [node.target]
             if all(self._is_inline(target, frame) for target in targets):
                 return True
             if len(targets) == 1 and node.value is not None and ast.dump(node.value) == _loaded(targets[0]):
@@ -182,8 +182,9 @@ class _Pass(Values):
         if isinstance(node, ast.Assign) and not isinstance(target, ast.Tuple):
             return
         for part in ast.walk(target):
-            named = isinstance(part, ast.Name) and not part.id.startswith("_")
-            if named and isinstance(frame.node, FunctionNode) and part.id not in uses_of(frame.node)[1]:
+            if not isinstance(part, ast.Name) or not isinstance(frame.node, FunctionNode):
+                continue
+            if not part.id.startswith("_") and part.id not in uses_of(frame.node)[1]:
                 yield Edit(self.text.start(part), self.text.start(part), "_")
 
     def _part(self, part: Any, frame: Frame) -> Iterator[Edit]:

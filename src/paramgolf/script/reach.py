@@ -93,8 +93,9 @@ class Reach:
             node = self.units.node(symbol)
             assert isinstance(node, ast.ClassDef)
             for method in node.body:
-                new = isinstance(method, FunctionNode) and method.name not in self.kept[symbol]
-                if new and self._is_needed(symbol, method.name):
+                if not isinstance(method, FunctionNode) or method.name in self.kept[symbol]:
+                    continue
+                if self._is_needed(symbol, method.name):
                     found = True
                     self.kept[symbol].add(method.name)
                     self._scan(method, Frame(symbol.module, symbol))
@@ -170,7 +171,7 @@ class Reach:
         return found is not None
 
 
-def annotations(node: ast.AST) -> Iterator[tuple[ast.AST, ast.expr]]:
+def annotated(node: ast.AST) -> Iterator[tuple[ast.AST, ast.expr]]:
     """(holder, annotation) of everything annotated inside."""
     for part in ast.walk(node):
         if isinstance(part, ast.arg | ast.AnnAssign) and part.annotation is not None:

@@ -207,6 +207,7 @@ def _joined(one: ast.stmt, two: ast.stmt, place: Text) -> str | None:
 
 def _pairs(node: ast.stmt) -> list[tuple[ast.expr, ast.expr]] | None:
     """The (target, value) pairs of an assignment to names and attributes."""
+    pairs: list[tuple[ast.expr, ast.expr]]
     if isinstance(node, ast.AnnAssign) and node.value is not None:
         pairs = [(node.target, node.value)]
     elif isinstance(node, ast.Assign) and len(node.targets) == 1:

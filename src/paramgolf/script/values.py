@@ -48,6 +48,9 @@ class Facts:
     guarded: frozenset[str] = frozenset()
 
 
+_PLAIN: dict[str, Callable[[Any], Any]] = {"bool": bool, "len": len, "list": list, "tuple": tuple}
+
+
 class Values:
     """Evaluates expressions of one module under facts."""
 
@@ -90,7 +93,7 @@ class Values:
         if isinstance(node.func, ast.Name) and node.func.id in ("bool", "len", "list", "tuple") and len(node.args) == 1:
             value = self.value(node.args[0], frame)
             known = value is not UNKNOWN and value is not PRESENT
-            return {"bool": bool, "len": len, "list": list, "tuple": tuple}[node.func.id](value) if known else UNKNOWN
+            return _PLAIN[node.func.id](value) if known else UNKNOWN
         found = self.package.resolve_path(self.module, node.func)
         if isinstance(found, Symbol) and found.name:
             statement = self.package.module(found.module).definitions.get(found.name)
