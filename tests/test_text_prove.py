@@ -114,10 +114,12 @@ def test_a_prefix_recorded_in_the_run(
     assert "seal" in error_line(golf_here(capfd, "prove", tmp_path, "--data", text, "--limit", "300"))
 
 
-def test_a_run_with_lanes_and_its_proof(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_run_with_lanes_and_its_proof(text: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """`score.lanes` goes from the recipe through record and artifact to the proof; report and summary show it."""
     folder = RunFolder(tmp_path / "run")
-    record = run(load_recipe("pocket", [*TINY, "score.stride=0", "score.lanes=3"]), out=folder.root)
+    (tmp_path / "train.txt").write_text(prose()[18_000:])
+    data = [f"data.train={tmp_path / 'train.txt'}", f"data.val={text}"]
+    record = run(load_recipe("pocket", [*TINY, *data, "score.stride=0", "score.lanes=3"]), out=folder.root)
     assert record is not None and record["lanes"] == 3 and load(folder.artifact).lanes == 3
     val = cache_root() / record["data"]["key"][:20] / VAL_TEXT
     shown = golf_here(capfd, "prove", folder.root, "--data", val)
