@@ -22,6 +22,7 @@ from tests.run_common import TINY, prose
 from tests.test_pack_packer import SMALL, VOCAB, weights
 
 WIDER = [*SMALL, "model.dim=96", "pack.codec=rans"]  # all matrices above the size that is kept in half precision
+GRIDS = tuple(load_recipe("pocket").quant.grids)
 Loss = Callable[[Mapping[str, Tensor]], float]
 
 
@@ -68,7 +69,8 @@ def test_the_file_fills_its_cap_and_never_passes_it(tmp_path: Path, cap: int, me
 
 
 def test_the_plan_beats_one_k_for_all_and_predicts_its_loss(tmp_path: Path) -> None:
-    plain = load_recipe("pocket", [*WIDER, "quant.grids.int6.clip_value=12"])
+    alike = [f"quant.grids.{name}={{bits=6, clip='sdclip', clip_value=12.0}}" for name in GRIDS]
+    plain = load_recipe("pocket", [*WIDER, *alike])
     state = weights(plain).state_dict()
     hessians = moments(state)
     loss = quadratic(state, hessians)
@@ -83,7 +85,7 @@ def test_the_plan_beats_one_k_for_all_and_predicts_its_loss(tmp_path: Path) -> N
 
 
 def test_curves_hold_only_pairs_that_no_other_beats() -> None:
-    chosen = recipe(80_000)
+    chosen = recipe(80_000, "quant.method=rtn")
     state = weights(chosen).state_dict()
     hessians = moments(state)
     curves = Curves(state, chosen, hessians, quadratic(state, hessians))
@@ -95,7 +97,7 @@ def test_curves_hold_only_pairs_that_no_other_beats() -> None:
         assert steps.max() <= 2.0 and group.weights == sum(state[name].numel() for name in group.members)
         assert group.bytes[group.within(group.bytes[5] + 0.5)] == group.bytes[5] and group.within(0.0) == 0
     curves.refine(rough_plan(curves.groups, 60_000))  # a quadratic loss costs the same for a unit everywhere
-    assert all(group.cost[0] == pytest.approx(before[group.name], rel=0.02) for group in curves.groups)
+    assert all(group.cost[0] == pytest.approx(before[group.name], rel=0.05) for group in curves.groups)
 
 
 def test_odd_tensors_are_packed_or_refused_by_name(tmp_path: Path) -> None:
@@ -136,7 +138,7 @@ def test_what_cannot_be_fitted_is_said() -> None:
     with pytest.raises(GolfError, match="sdclip"):
         pack_model(
             state,
-            recipe(80_000, "quant.grids.int6.clip=rowmax", "quant.grids.int8.clip=rowmax"),
+            recipe(80_000, *[f"quant.grids.{name}.clip=rowmax" for name in GRIDS]),
             b"tok",
             "unused",
             VOCAB,
