@@ -26,7 +26,7 @@ MEASURES: dict[str, tuple[str, bool]] = {
 }
 
 
-def measure(seconds: float = 3.5, compiling: bool = True) -> dict[str, float | None]:
+def measure(seconds: float = 2.5, compiling: bool = True) -> dict[str, float | None]:
     """Every measure of `MEASURES`; None for what does not work here. `seconds`: of each measurement but the last."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with torch.random.fork_rng(devices=[]):
@@ -120,7 +120,7 @@ def _cold_cache() -> Iterator[None]:
                 os.environ["TORCHINDUCTOR_CACHE_DIR"] = before
 
 
-def bench(seconds: float = 3.5, compiling: bool = True) -> dict[str, Any]:
+def bench(seconds: float = 2.5, compiling: bool = True) -> dict[str, Any]:
     """Measure, compare with what this machine measured before, and keep the result. JSON-able."""
     before = benches()
     now = measure(seconds, compiling)
