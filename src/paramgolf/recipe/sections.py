@@ -223,7 +223,7 @@ class TttSection:
     adapt: tuple[Literal["head", "q", "k", "v", "o", "mlp"], ...] = ("head", "q", "k", "v", "o", "mlp")
     rank: Positive = 8  # of an adapter
     alpha: NonNegative = 0.0  # an adapter's output is scaled by alpha / rank; 0 = by 1
-    lr: Rate = 1e-3
+    lr: Rate = 1e-2  # right for models of a megabyte; those of 16 MB took 1e-4
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.0
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.99
     eps: Annotated[float, Field(gt=0)] = 1e-10
