@@ -17,7 +17,10 @@ from paramgolf.data.shards import open_shard, write_shard
 from tests.run_common import TINY, Answer, losses, one_thread, prose
 
 STEPS = 10
-EXACT = ["train.dtype=float32", "train.threads=1", f"budget.steps={STEPS}", "pack.codec=zlib", "score.stride=0"]
+EXACT = [
+    "train.dtype=float32", "optim.ns_dtype=float32", "train.threads=1", f"budget.steps={STEPS}", "pack.codec=zlib",
+    "score.stride=0",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

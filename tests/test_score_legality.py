@@ -188,7 +188,7 @@ def test_the_command(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypa
     answer = golf_here(capfd, *command, "--stride", "48", "--json")
     assert answer.code == 0, answer.err
     found = json.loads(answer.out)["legality"]
-    assert found.keys() == {"windows", "sliding windows", "lanes", "token by token", "text coder"}
+    assert found.keys() == {"windows", "sliding windows", "lanes", "token by token", "text coder", "n-gram cache"}
     assert {one["verdict"] for one in found.values()} == {"pass"}
     (tmp_path / "short.txt").write_text("ab")
     short = golf_here(capfd, "score", artifact, "--data", tmp_path / "short.txt", "--check-legality")

@@ -91,6 +91,9 @@ class Group:
         return max(0, int(np.searchsorted(self.bytes, room, side="right")) - 1)
 
 
+NOTHING_TO_FIT = 'pack.fit moves grids with clip = "sdclip" and no matrix is on one; set one, or pack.fit=false'
+
+
 def fitted_groups(shapes: Mapping[str, tuple[int, ...]], recipe: Recipe) -> dict[str, tuple[GridSection, list[str]]]:
     """Tensors on a grid with clip = "sdclip", the only ones the solver may move: by role and store, grid and names.
 
@@ -101,7 +104,7 @@ def fitted_groups(shapes: Mapping[str, tuple[int, ...]], recipe: Recipe) -> dict
         if store.grid is not None and store.grid.clip == "sdclip":
             groups.setdefault(f"{role(name)} {store.name}", (store.grid, []))[1].append(name)
     if not groups:
-        raise GolfError('pack.fit moves grids with clip = "sdclip" and there is none; set one, or pack.fit=false')
+        raise GolfError(NOTHING_TO_FIT)
     return groups
 
 

@@ -12,10 +12,11 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
+from paramgolf.errors import GolfError
 from paramgolf.model.gpt import GPT
 from paramgolf.pack.codecs.base import role
 from paramgolf.pack.container import Artifact, encode_artifact
-from paramgolf.pack.curves import COARSEST_STEP, FINEST_STEP, coarsest, finest, fit_grid, step_of
+from paramgolf.pack.curves import COARSEST_STEP, FINEST_STEP, NOTHING_TO_FIT, coarsest, finest, fit_grid, step_of
 from paramgolf.pack.ledger import group_of
 from paramgolf.pack.solver import AIM, LOWEST
 from paramgolf.pack.stored import TensorSpec, payload_bytes
@@ -73,13 +74,18 @@ class SizePlan:
 
 
 def plan_bytes(recipe: Recipe, vocab_size: int, *, tokenizer_bytes: int = 0, code_bytes: int = 0) -> SizePlan:
-    """Sizes before training; nothing is allocated. The model is built without memory to learn its tensors."""
+    """Sizes before training; nothing is allocated. The model is built without memory to learn its tensors.
+
+    Raises GolfError for `pack.fit` without a grid that it may move.
+    """
     with torch.device("meta"):
         state = GPT(recipe.model, vocab_size).state_dict()
     shapes = {name: tuple(t.shape) for name, t in state.items()}
     kept = [(n, str(t.dtype).removeprefix("torch.")) for n, t in state.items() if not t.is_floating_point()]
     specs = tensor_table(shapes, recipe.quant, recipe.model.num_layers, kept)
     moved = [s for s in specs if s.bits and recipe.pack.fit and recipe.quant.grids[s.store].clip == "sdclip"]
+    if recipe.pack.fit and not moved:
+        raise GolfError(NOTHING_TO_FIT)
     groups: dict[str, Sizes] = {}
 
     def add(group: str, sizes: Sizes) -> None:

@@ -92,10 +92,11 @@ def to_toml(recipe: Recipe) -> str:
 
 
 def parse_override(text: str) -> tuple[list[str], Any]:
-    """`model.dim=256` -> (["model", "dim"], 256). Values are TOML; anything else is a string."""
+    """`model.dim=256` -> (["model", "dim"], 256). Values are TOML; anything else is a string. `stages=[]` drops the
+    stages of a recipe."""
     key, equals, raw = text.partition("=")
     path = key.strip().split(".")
-    if not equals or len(path) < 2 or not all(path):
+    if not equals or not all(path) or (len(path) < 2 and path != ["stages"]):  # the one list that is no section
         raise GolfError(f"override '{text}' is not of the form section.key=value, e.g. model.dim=256")
     try:
         value = tomllib.loads(f"value = {raw}")["value"]
