@@ -54,7 +54,8 @@ def score_rows(record: dict[str, Any]) -> list[tuple[str, float]]:
     if record.get("val_bpb_sliding") is not None:
         name = f"model.golf, windows sliding by {record['stride']} tokens"
         rows = [(name, record["val_bpb_sliding"]), ("model.golf, windows side by side", record["val_bpb"])]
-    rows += [(f"model.golf, {name}", record[f"val_bpb_{key}"]) for key, name in adapted_keys(record).items()]
+    learning = [(f"model.golf, {name}", record[f"val_bpb_{key}"]) for key, name in adapted_keys(record).items()]
+    rows = sorted(learning, key=lambda row: row[1]) + rows
     rows += table_rows(record, "model.golf, by the tokenizer's byte table")
     rows.append(("the weights before quantisation", record["val_bpb_float"]))
     proof = record.get("proof") or {}
