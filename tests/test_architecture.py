@@ -29,6 +29,7 @@ LAYERS = [
         "paramgolf.cli",
         "paramgolf.cli_data",
         "paramgolf.cli_lab",
+        "paramgolf.cli_output",
         "paramgolf.cli_pack",
         "paramgolf.cli_sweep",
         "paramgolf.cli_audit",

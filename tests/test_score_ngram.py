@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paramgolf.errors import GolfError
+from paramgolf.recipe.load import from_table
 from paramgolf.recipe.sections import NgramLevel
 from paramgolf.score.ngram import NgramCache, ngram_nll
+from paramgolf.score.ttt.settings import ngram_of
 
 BOS, VOCAB = 1, 6
 LEVELS = st.lists(
@@ -69,6 +73,18 @@ def test_a_repeated_text_gets_cheap_and_a_new_document_forgets() -> None:
     assert text[len(document) :].sum() < own[len(document) :].sum()
 
 
-def test_a_level_that_makes_tokens_impossible_is_refused() -> None:
-    with pytest.raises(GolfError, match=r"ngram\.levels, order 3"):
-        ngram_nll(np.arange(4), np.ones(3), [NgramLevel(order=3, strength=0, discount=0)], bos_id=BOS)
+@pytest.mark.parametrize(
+    ("levels", "said"),
+    [
+        ([{"order": 3, "strength": 0, "discount": 0}], r"ngram\.levels, order 3"),
+        ([{"order": 3, "strength": -1}], r"ngram\.levels"),
+        ([{"scope": "corpus"}], r"ngram\.levels"),
+        ([{}] * 17, r"ngram\.levels"),
+        ("many", r"ngram\.levels"),
+    ],
+)
+def test_levels_that_cannot_be_are_refused_with_the_recipe_and_in_an_artifact(levels: Any, said: str) -> None:
+    with pytest.raises(GolfError, match=said):
+        from_table({"name": "own", "ngram": {"levels": levels}})
+    with pytest.raises(GolfError, match=said):
+        ngram_of({"ngram": {"levels": levels}})

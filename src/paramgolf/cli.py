@@ -7,11 +7,10 @@ commands, so that `golf --help` and a misspelt key answer at once.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -19,6 +18,7 @@ from paramgolf import __version__, cli_text
 from paramgolf.cli_audit import app as audit_app
 from paramgolf.cli_data import app as data_app
 from paramgolf.cli_lab import app as lab_app
+from paramgolf.cli_output import AsJson, emit
 from paramgolf.cli_pack import app as pack_app
 from paramgolf.cli_submit import app as submit_app
 from paramgolf.cli_sweep import app as sweep_app
@@ -39,17 +39,11 @@ app.add_typer(sweep_app)
 app.add_typer(audit_app)
 app.add_typer(submit_app)
 
-Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, e.g. model.mlp_hidden=1488")]
 FromEnv = Annotated[
     str, typer.Option("--from-env", help="An official command line, e.g. 'MLP_HIDDEN=1488 EVAL_STRIDE=64'.")
 ]
 Artifact = Annotated[Path, typer.Argument(help="A model.golf file, or the folder of the run that made it.")]
-
-
-def emit(result: dict[str, Any], as_json: bool, text: str) -> None:
-    """The one thing a command writes to stdout."""
-    typer.echo(json.dumps(result, indent=2, sort_keys=False) if as_json else text)
 
 
 def artifact_path(path: Path) -> Path:
@@ -88,7 +82,7 @@ def run_command(
     track: Annotated[
         list[str] | None, typer.Option(help="Also send the numbers to tensorboard, wandb or trackio.")
     ] = None,
-    as_json: Json = False,
+    as_json: AsJson = False,
 ) -> None:
     """Train a recipe, pack it under its byte cap and score the file that came out."""
     from paramgolf.recipe.load import resolve
@@ -111,7 +105,7 @@ def recipes_command(
     name: Annotated[str, typer.Argument(help="Show this recipe resolved; without it, list all.")] = "",
     overrides: Overrides = None,
     from_env: FromEnv = "",
-    as_json: Json = False,
+    as_json: AsJson = False,
 ) -> None:
     """List the recipes, or show every value of one and the file that set it."""
     from paramgolf.recipe.load import load_recipe, recipe_names, resolve, to_table
@@ -142,7 +136,7 @@ def score_command(
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Another ttt.* or tilt.* value.")
     ] = None,
-    as_json: Json = False,
+    as_json: AsJson = False,
 ) -> None:
     """Bits per byte of a text under an artifact: standard windows, and sliding ones."""
     import paramgolf
@@ -172,7 +166,7 @@ def sample_command(
     ] = 0.95,
     stop: Annotated[list[str] | None, typer.Option(help="Stop before this text (may be given several times).")] = None,
     seed: Annotated[int, typer.Option(help="Same seed, same text.")] = 0,
-    as_json: Json = False,
+    as_json: AsJson = False,
 ) -> None:
     """Continue a text with the model, as it is generated."""
     import paramgolf
@@ -192,7 +186,7 @@ def sample_command(
 
 
 @app.command("inspect", epilog="Example: golf inspect runs/pocket-1/model.golf")
-def inspect_command(artifact: Artifact, as_json: Json = False) -> None:
+def inspect_command(artifact: Artifact, as_json: AsJson = False) -> None:
     """What an artifact or a compressed file holds: configuration, contents, and where each of its bytes goes."""
     from paramgolf.runner.summary import artifact_facts, inspect_text
 
@@ -207,7 +201,7 @@ def doctor_command(
     bench: Annotated[
         bool, typer.Option("--bench", help="Also measure this machine for about 20 s, against its earlier times.")
     ] = False,
-    as_json: Json = False,
+    as_json: AsJson = False,
 ) -> None:
     """What this machine has, what a run would use, and what is missing."""
     from paramgolf.runner.doctor import doctor_text, examine

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from paramgolf.cli_output import AsJson
+
 app = typer.Typer()
 
 
@@ -19,7 +21,7 @@ def audit_command(
     execute: Annotated[
         bool, typer.Option("--execute", help="Also run the script's model, in a process without network.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Check submissions against the public rules by reading them; nothing of them is executed without --execute.
 

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from paramgolf.cli_output import AsJson, emit
 from paramgolf.errors import GolfError
 
 app = typer.Typer(help="Prepare, fetch and inspect data.", no_args_is_help=True)
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 Field = Annotated[str, typer.Option("--field", help="The JSONL key or parquet column that holds the text.")]
-
-
-def _emit(result: dict[str, Any], as_json: bool, text: str) -> None:
-    typer.echo(json.dumps(result, indent=2) if as_json else text)
 
 
 def _cache() -> Path:
@@ -68,7 +63,7 @@ def prepare_command(
     lines.append(f"vocabulary {data.tokenizer.vocab_size}, validation by {passport['split']}")
     if passport.get("removed_from_train"):
         lines.append(f"removed from training as copies of validation: {passport['removed_from_train']} documents")
-    _emit({"folder": str(data.root), **passport}, as_json, "\n".join(lines))
+    emit({"folder": str(data.root), **passport}, as_json, "\n".join(lines))
 
 
 @app.command("fetch", epilog="Example: golf data fetch fineweb --variant sp1024 --train-shards 1 --out data/fineweb")
@@ -95,7 +90,7 @@ def fetch_command(
         )  # fmt: skip
     size = sum(file["bytes"] for file in result["files"])
     text = f"{result['folder']}\n{len(result['files'])} files, {size:,} bytes, {result['kept']} were there already"
-    _emit(result, as_json, text)
+    emit(result, as_json, text)
 
 
 @app.command("inspect", epilog="Example: golf data inspect data/notes --json")
@@ -110,4 +105,4 @@ def inspect_command(
     from paramgolf.data.inspect import inspect, text_of
 
     result = inspect(path, tokenizer=tokenizer, documents=documents, field=field, cache=_cache())
-    _emit(result, as_json, text_of(result))
+    emit(result, as_json, text_of(result))

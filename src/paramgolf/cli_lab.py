@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from paramgolf.cli_output import AsJson, emit
 from paramgolf.errors import CheckFailed
 
 app = typer.Typer()
-
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
-
-
-def _emit(result: dict[str, Any], as_json: bool, text: str) -> None:
-    typer.echo(json.dumps(result, indent=2) if as_json else text)
 
 
 @app.command("verify", epilog="Example: golf verify runs/pocket-1 --score")
@@ -35,7 +29,7 @@ def verify_command(
     from paramgolf.lab.verify import findings_text, verify
 
     findings = verify(run, score=score, data=data or None, source=source)
-    _emit(findings.as_dict(), as_json, findings_text(findings))
+    emit(findings.as_dict(), as_json, findings_text(findings))
     if findings.mismatches:
         names = ", ".join(check.name for check in findings.mismatches)
         raise CheckFailed(f"{findings.run} does not agree with its record: {names}")
@@ -58,7 +52,7 @@ def runs_command(
     for problem in problems:
         typer.echo(f"note: left out: {problem}", err=True)
     chosen = select(runs, list(filters or []), sort, reverse=reverse)
-    _emit({"runs": chosen}, as_json, runs_text(chosen))
+    emit({"runs": chosen}, as_json, runs_text(chosen))
 
 
 @app.command("compare", epilog="Example: golf compare 'runs/pocket-*' 'runs/wider-*'  or: ... --against 1.2194")
@@ -69,7 +63,7 @@ def compare_command(
     against: Annotated[
         float | None, typer.Option(min=0, help="A published BPB. Without it the first group is the baseline.")
     ] = None,
-    metric: Annotated[str, typer.Option(help="val_bpb, val_bpb_sliding or val_bpb_float.")] = "val_bpb",
+    metric: Annotated[str, typer.Option(help="val_bpb, val_bpb_sliding, val_bpb_ngram or val_bpb_float.")] = "val_bpb",
     margin: Annotated[float, typer.Option(min=0, help="Better by at least so many nats a token.")] = 0.005,
     alpha: Annotated[float, typer.Option(min=1e-6, max=0.5, help="Significance asked for.")] = 0.01,
     power: Annotated[float, typer.Option(min=0.05, max=0.999, help="Of the number of runs still needed.")] = 0.8,
@@ -97,7 +91,7 @@ def compare_command(
         )
     else:
         result = compare(groups, **asked)
-    _emit(result, as_json, compare_text(result))
+    emit(result, as_json, compare_text(result))
 
 
 @app.command("report", epilog="Example: golf report 'runs/pocket-*' sweeps/pocket -o report.html")
@@ -112,4 +106,4 @@ def report_command(
     from paramgolf.lab.report import report_text, write_report
 
     result = write_report(list(runs or ["runs"]), out)
-    _emit(result, as_json, report_text(result))
+    emit(result, as_json, report_text(result))

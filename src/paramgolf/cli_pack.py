@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from paramgolf.cli_output import AsJson, emit
+
 app = typer.Typer()
-
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
-
-
-def _emit(result: dict[str, Any], as_json: bool, text: str) -> None:
-    typer.echo(json.dumps(result, indent=2) if as_json else text)
 
 
 @app.command("pack", epilog="Example: golf pack runs/pocket-1 --bytes 600000 --frontier")
@@ -45,7 +40,7 @@ def pack_command(
     )  # fmt: skip
     if frontier:
         result["report"] = frontier_into_report(Path(result["run"]), result["frontier"])
-    _emit(result, as_json, pack_text(result))
+    emit(result, as_json, pack_text(result))
 
 
 @app.command("plan", epilog="Example: golf plan pocket model.mlp_hidden=640 --bytes 1000000")
@@ -68,4 +63,4 @@ def plan_command(
     from paramgolf.runner.plan import make_plan, plan_text
 
     plan = make_plan(resolved, runs=runs, measure=measure, say=lambda line: typer.echo(line, err=True))
-    _emit(plan, as_json, plan_text(plan))
+    emit(plan, as_json, plan_text(plan))

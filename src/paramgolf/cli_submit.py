@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from paramgolf.cli_output import AsJson
+
 app = typer.Typer()
 
 Packed = Annotated[bool, typer.Option("--compress-code", help="Pack the script; a readable copy beside.")]
@@ -22,7 +24,7 @@ def submit_command(
     github_id: Annotated[str, typer.Option(help="GitHub account. Default: the author.")] = "",
     name: Annotated[str, typer.Option(help="Name of the submission. Default: the recipe's title.")] = "",
     compress_code: Packed = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write README.md, submission.json, a log for each seed and one self-contained train_gpt.py."""
     from paramgolf.submit.package import Author, known_author, submit

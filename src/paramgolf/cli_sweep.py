@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
+from paramgolf.cli_output import AsJson, emit
+
 app = typer.Typer()
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 Recipe = Annotated[str, typer.Argument(help="A recipe name (see `golf recipes`) or a TOML file.")]
 On = Annotated[
     Literal["split", "validation"],
@@ -23,10 +23,6 @@ Steps = Annotated[int, typer.Option(min=0, help="Train so many steps instead of 
 
 def _note(text: str) -> None:
     typer.echo(text, err=True)
-
-
-def _emit(result: dict[str, Any], as_json: bool, text: str) -> None:
-    typer.echo(json.dumps(result, indent=2) if as_json else text)
 
 
 @app.command(
@@ -71,7 +67,7 @@ def sweep_command(
         note=_note,
     )  # fmt: skip
     result = sweep(plan)
-    _emit(result, as_json, sweep_text(result))
+    emit(result, as_json, sweep_text(result))
 
 
 @app.command("ablate", epilog="Example: golf ablate pocket --seeds 3 --steps 400 --only averaging --only parts.xsa")
@@ -98,4 +94,4 @@ def ablate_command(
         out=out or Path("ablations") / Path(recipe).stem, workers=workers, steps=steps, on=on, objective=objective,
         note=_note,
     )  # fmt: skip
-    _emit(result, as_json, ablate_text(result))
+    emit(result, as_json, ablate_text(result))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, cast
 
 import typer
 
+from paramgolf.cli_output import AsJson, emit
 from paramgolf.errors import GolfError
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ def prove_command(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Another ttt.* value.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Keep the proved file here; `golf decompress` reads it.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Code documents with the model, decode them in another process, compare: the score as the size of a file."""
     path = _model_path(artifact)
@@ -122,7 +123,7 @@ def prove_command(
     )
     if recorded:
         say(record_proof(artifact, proof))
-    typer.echo(json.dumps(proof, indent=2) if as_json else proof_text(proof))
+    emit(proof, as_json, proof_text(proof))
 
 
 def _jobs(

@@ -133,7 +133,7 @@ def compare(
 
     Args:
         against: a published BPB; None = the first group is the baseline.
-        metric: val_bpb, val_bpb_sliding or val_bpb_float.
+        metric: val_bpb or another score of the record, e.g. val_bpb_sliding, val_bpb_ngram, val_bpb_float.
         margin_nats: how much better, in nats a token, the p-values ask for.
         power: with which the runs still needed are to find the improvement seen.
 

@@ -5,6 +5,7 @@ Whether the average or the raw weights are kept is for the caller to decide, on 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,7 +24,7 @@ def float_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name.replace("_orig_mod.", ""): t.detach() for name, t in state.items() if t.is_floating_point()}
 
 
-class Average:
+class Average(ABC):
     """A running average: `shadow` holds it, `count` how many models went in."""
 
     def __init__(self) -> None:
@@ -35,9 +36,9 @@ class Average:
         """Whether there is an average to apply."""
         return self.count > 0
 
+    @abstractmethod
     def update(self, model: nn.Module, step: int, lr_mul: float) -> None:
         """Take in the weights after step number `step` (from 0), taken at learning-rate multiplier `lr_mul`."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def apply(self, model: nn.Module) -> dict[str, Tensor]:

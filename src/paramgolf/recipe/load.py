@@ -61,6 +61,7 @@ def from_table(table: Mapping[str, Any], origin: Mapping[str, str] | None = None
     except ValidationError as error:
         raise GolfError(_explain(error, origin or {})) from None
     _check_grids(recipe)
+    _check_levels(recipe)
     return recipe
 
 
@@ -75,6 +76,16 @@ def _check_grids(recipe: Recipe) -> None:
     for key, grid in (("qat", recipe.quant.qat), ("post_qat", recipe.quant.post_qat)):
         if grid not in ("", "export", *grids):
             raise GolfError(f"quant.{key}: unknown grid '{grid}'{close_match(grid, [*grids, 'export'])}")
+
+
+def _check_levels(recipe: Recipe) -> None:
+    """No level of the n-gram cache may make a token impossible."""
+    for level in recipe.ngram.levels:
+        if level.strength == 0 and level.discount == 0:
+            raise GolfError(
+                f"ngram.levels, order {level.order}: with strength and discount both 0 a token that was not seen would "
+                "be impossible; raise one of them"
+            )
 
 
 def to_table(recipe: Recipe) -> Table:

@@ -263,7 +263,7 @@ class NgramLevel:
     __pydantic_config__ = STRICT
     scope: Literal["document", "text"] = "document"
     order: Annotated[int, Field(ge=0, le=64)] = 1
-    strength: NonNegative = 1.0  # counts that the level below weighs
+    strength: Annotated[float, Field(ge=0, le=1e9)] = 1.0  # counts that the level below weighs
     discount: Fraction = 0.8  # taken off each token seen, and given to the level below
 
 
@@ -272,7 +272,7 @@ class NgramSection:
     """The n-gram cache of a score (see score/ngram.py)."""
 
     __pydantic_config__ = STRICT
-    levels: tuple[NgramLevel, ...] = ()  # applied in order; () = no cache
+    levels: Annotated[tuple[NgramLevel, ...], Field(max_length=16)] = ()  # applied in order; () = no cache
 
 
 @dataclass(frozen=True, kw_only=True)

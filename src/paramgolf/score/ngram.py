@@ -21,16 +21,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from paramgolf.errors import GolfError
 from paramgolf.recipe.sections import NgramLevel
-
-
-def check_levels(levels: Sequence[NgramLevel]) -> None:
-    """GolfError for a level that could give a token the probability zero."""
-    for level in levels:
-        if level.strength == 0 and level.discount == 0:
-            raise GolfError(f"ngram.levels, order {level.order}: strength and discount are both 0, so a token that was "
-                            "not seen would be impossible; raise one of them")  # fmt: skip
 
 
 def ngram_nll(
@@ -42,7 +33,6 @@ def ngram_nll(
         tokens: (n,) ids. `nll`: (n - 1,) nats under the model.
         starts: where lanes begin; a level never looks across one. Documents begin at `bos_id`.
     """
-    check_levels(levels)
     ids = np.asarray(tokens).astype(np.int64)
     lane = np.zeros(len(ids), np.int64)
     lane[np.asarray(starts, np.int64)] = 1
@@ -102,7 +92,6 @@ class NgramCache:
     next one."""
 
     def __init__(self, levels: Sequence[NgramLevel], bos_id: int) -> None:
-        check_levels(levels)
         self.levels, self._bos_id = tuple(levels), bos_id
         self._tables: list[dict[tuple[int, ...], dict[int, int]]] = [{} for _ in levels]
         self._lane: list[int] = []

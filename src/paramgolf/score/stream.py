@@ -104,8 +104,9 @@ class Caches:
         if not self._caches:
             return logits
         probs = torch.softmax(logits.double(), dim=-1).cpu().numpy()
-        mixed = [self._caches[lane].mix(row) for lane, row in zip(lanes.tolist(), probs, strict=True)]
-        return torch.from_numpy(np.log(np.stack(mixed))).to(logits.device)
+        for row, lane in zip(probs, lanes.tolist(), strict=True):
+            row[:] = self._caches[lane].mix(row)
+        return torch.from_numpy(np.log(probs)).to(logits.device)
 
     def mixer(self, lanes: np.ndarray, truth: torch.Tensor) -> Mixer | None:
         """For `path_log_odds` of targets (n,) of these lanes: each is given once its own distribution is there."""
@@ -114,12 +115,11 @@ class Caches:
         tokens = truth.cpu().numpy()
 
         def mix(logits: torch.Tensor, low: int) -> torch.Tensor:
-            rows = []
-            for at in range(len(logits)):
-                mine = slice(low + at, low + at + 1)
-                rows.append(self.mixed(logits[at : at + 1], lanes[mine]))
-                self.give(lanes[mine], tokens[mine])
-            return torch.cat(rows)
+            probs = torch.softmax(logits.double(), dim=-1).cpu().numpy()
+            for row, lane, token in zip(probs, lanes[low:].tolist(), tokens[low:].tolist(), strict=False):
+                row[:] = self._caches[lane].mix(row)
+                self._caches[lane].give(token)
+            return torch.from_numpy(np.log(probs)).to(logits.device)
 
         return mix
 

@@ -1,0 +1,15 @@
+"""What every command's result has in common: `--json`, and the one thing that goes to stdout."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
+
+
+def emit(result: dict[str, Any], as_json: bool, text: str) -> None:
+    """The one thing a command writes to stdout."""
+    typer.echo(json.dumps(result, indent=2) if as_json else text)
