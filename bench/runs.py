@@ -29,7 +29,7 @@ def golf_run(
         folder = out or Path(scratch, "run")
         command = [sys.executable, "-m", "paramgolf", "run", recipe, *overrides, "--out", str(folder), "--json"]
         command += [f"data.train={train}", *([f"data.val={val}"] if val else [])]
-        environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(Path(scratch, "inductor"))}
+        environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(Path(scratch, "inductor")), "XDG_CACHE_HOME": scratch}
         answer = subprocess.run(command, stdout=subprocess.PIPE, env=environment, check=False, text=True)
         if answer.returncode:
             raise RuntimeError(f"{' '.join(command)} ended with code {answer.returncode}")
