@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from paramgolf.data.cache import cache_root
+
 
 def shared(*parts: str) -> Path:
     """A file of the shared reference material; leaves with one line where it is absent."""
@@ -29,7 +31,8 @@ def golf_run(
         folder = out or Path(scratch, "run")
         command = [sys.executable, "-m", "paramgolf", "run", recipe, *overrides, "--out", str(folder), "--json"]
         command += [f"data.train={train}", *([f"data.val={val}"] if val else [])]
-        environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(Path(scratch, "inductor")), "XDG_CACHE_HOME": scratch}
+        cold = {"TORCHINDUCTOR_CACHE_DIR": str(Path(scratch, "inductor")), "XDG_CACHE_HOME": scratch}
+        environment = os.environ | {"PARAMGOLF_CACHE": str(cache_root())} | cold
         answer = subprocess.run(command, stdout=subprocess.PIPE, env=environment, check=False, text=True)
         if answer.returncode:
             raise RuntimeError(f"{' '.join(command)} ended with code {answer.returncode}")
