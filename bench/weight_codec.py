@@ -6,8 +6,9 @@ integers; `with-scales` is our codec with the row scales known, as in an artifac
 Peers: one byte a weight, strongest setting, as stored and with each tensor transposed (-T); lrzip -z where installed.
 
 Each result is written when it is there, and the same command goes on where a stopped one ended. On one quiet core the
-whole takes about 45 minutes (brotli-11 and lrzip -z most of it); --quick takes two and the time of the training, which
---weights FILE keeps for the next run.
+whole takes about 45 minutes (brotli-11 and lrzip -z most of it; --jobs 2 halves it: ours is measured alone, then the
+peers side by side, each on a core of its own); --quick takes two and the time of the training, which --weights FILE
+keeps for the next run.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ import sys
 import tempfile
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -143,20 +147,33 @@ class Results:
         atomic_write(self.path, (json.dumps(report, indent=1) + "\n").encode())
 
 
-def bench(payload: dict[str, Any], wanted: list[str], results: Results, keep: Path | None) -> None:
+def bench(payload: dict[str, Any], wanted: list[str], results: Results, keep: Path | None, jobs: int) -> None:
     entry = results.begin(payload)
     coders = entry["coders"]
     todo = [n for n in wanted if n not in coders and (n != "with-scales" or payload["scales"] is not None)]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "payload.npz")
         save(file, payload["arrays"], payload["scales"])
-        for name in todo:
-            coders[name] = measure(name, file, LIMIT_SECONDS)
-            results.write()
-            size = coders[name].get("bytes")
-            print(
-                f"  {payload['name']} {name}: {size:,}" if size else f"  {name}: stopped", file=sys.stderr, flush=True
-            )
+
+        cores: SimpleQueue[int] = SimpleQueue()
+        for core in range(jobs):
+            cores.put(core)
+        writing = Lock()
+
+        def one(name: str) -> None:
+            core = cores.get()
+            found = measure(name, file, LIMIT_SECONDS, core)
+            cores.put(core)
+            with writing:
+                coders[name] = found
+                results.write()
+            said = f"{found['bytes']:,}" if "bytes" in found else "stopped"
+            print(f"  {payload['name']} {name}: {said}", file=sys.stderr, flush=True)
+
+        for name in [name for name in todo if name in OURS]:
+            one(name)
+        with ThreadPoolExecutor(jobs) as pool:
+            list(pool.map(one, [name for name in todo if name not in OURS]))
     entry["coders"] = {name: coders[name] for name in (*OURS, *PEERS) if name in coders}
     results.write()
     if keep is not None:
@@ -221,6 +238,7 @@ def main() -> None:
     parser.add_argument("--payloads", default="G,T,S,trained")
     parser.add_argument("--quick", action="store_true", help="ours and zlib only")
     parser.add_argument("--coders", help="only these")
+    parser.add_argument("--jobs", type=int, default=1, help="peers measured at once")
     parser.add_argument("--tensors", type=int, default=0, help="only the first tensors of G, T, S, to try the bench")
     parser.add_argument("--steps", type=int, default=160, help="training steps of the trained payload")
     parser.add_argument("--weights", type=Path, help="keep the trained weights in this .npz and reuse them")
@@ -234,7 +252,7 @@ def main() -> None:
     results = Results(arguments.json)
     named = []
     for payload in payloads(arguments):
-        bench(payload, wanted, results, arguments.keep)
+        bench(payload, wanted, results, arguments.keep, arguments.jobs)
         named.append(payload["name"])
     print(table([results.payloads[name] for name in named]))
 

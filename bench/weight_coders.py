@@ -114,9 +114,10 @@ def save(path: Path, arrays: Arrays, scales: list[np.ndarray] | None) -> None:
     np.savez(path, **found)  # type: ignore[arg-type]
 
 
-def measure(name: str, payload: Path, limit_seconds: float) -> dict[str, Any]:
-    """One coder on one payload in its own process; {"stopped_after": seconds} where it takes longer than the limit."""
-    command = [sys.executable, "-m", "bench.weight_coders", name, str(payload)]
+def measure(name: str, payload: Path, limit_seconds: float, core: int = 0) -> dict[str, Any]:
+    """One coder on one payload in its own process, on the `core`-th of the processors that this one may use;
+    {"stopped_after": seconds} where it takes longer than the limit."""
+    command = [sys.executable, "-m", "bench.weight_coders", name, str(payload), str(core)]
     try:
         done = subprocess.run(
             command,
@@ -134,9 +135,10 @@ def measure(name: str, payload: Path, limit_seconds: float) -> dict[str, Any]:
 
 
 def main() -> None:
-    name, payload = sys.argv[1], Path(sys.argv[2])
+    name, payload, core = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
     if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+        allowed = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {allowed[core % len(allowed)]})
     with np.load(payload) as file:
         arrays = [(key[2:], file[key]) for key in file.files if key.startswith("q/")]
         scales = [file[key] for key in file.files if key.startswith("s/")] or None

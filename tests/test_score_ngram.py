@@ -6,13 +6,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paramgolf.errors import GolfError
 from paramgolf.recipe.load import from_table
 from paramgolf.recipe.sections import NgramLevel
-from paramgolf.score.ngram import NgramCache, ngram_nll
+from paramgolf.score.coder import masses
+from paramgolf.score.ngram import Mixture, NgramCache, ngram_nll
 from paramgolf.score.ttt.settings import ngram_of
 
 BOS, VOCAB = 1, 6
@@ -88,3 +90,16 @@ def test_levels_that_cannot_be_are_refused_with_the_recipe_and_in_an_artifact(le
         from_table({"name": "own", "ngram": {"levels": levels}})
     with pytest.raises(GolfError, match=said):
         ngram_of({"ngram": {"levels": levels}})
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(STREAMS, min_size=1, max_size=4), LEVELS)
+def test_the_coder_mixes_what_the_cache_mixes(streams: list[np.ndarray], levels: list[NgramLevel]) -> None:
+    caches = [NgramCache(levels, BOS) for _ in streams]
+    for cache, stream in zip(caches, streams, strict=True):
+        for token in stream.tolist():
+            cache.give(token)
+    probs = model_of(np.zeros(len(streams) + 1))
+    leaves = masses(torch.from_numpy(np.log(probs)), Mixture.of([cache.change() for cache in caches]))[-1].numpy()
+    for row, cache, p in zip(leaves, caches, probs, strict=True):
+        assert row[:VOCAB] == pytest.approx(cache.mix(p), rel=1e-12) and not row[VOCAB:].any()

@@ -22,6 +22,7 @@ import torch
 from paramgolf.errors import CheckFailed, GolfError
 from paramgolf.score import rans
 from paramgolf.score.grid import GUARD, Grid, reach, warp
+from paramgolf.score.ngram import Mixture
 
 FLOOR = 60.0  # logits further below the largest are raised to it, which keeps every log-odds finite
 MAX_TOLERANCE = 0.05
@@ -42,8 +43,9 @@ def depth_of(vocab_size: int) -> int:
     return max(1, (vocab_size - 1).bit_length())
 
 
-def masses(logits: torch.Tensor) -> list[torch.Tensor]:
-    """Unnormalised probabilities of all tree nodes: level k is (n, 2^k) float64, level 0 the root, from logits (n, V).
+def masses(logits: torch.Tensor, mixture: Mixture | None = None) -> list[torch.Tensor]:
+    """Probabilities of all tree nodes: level k is (n, 2^k) float64, level 0 the root, from logits (n, V), not
+    normalised where no `mixture` is made of them.
 
     Raises CheckFailed if a logit is not a number.
     """
@@ -52,19 +54,27 @@ def masses(logits: torch.Tensor) -> list[torch.Tensor]:
     if not bool(torch.isfinite(top).all()):
         raise CheckFailed("the model gives logits that are not finite numbers: nothing can be coded with it")
     leaves = torch.exp((x - top).clamp_min(-FLOOR))
+    if mixture is not None:
+        factor, rows, tokens, gains = (
+            torch.from_numpy(part).to(x.device)
+            for part in (mixture.factor, mixture.rows, mixture.tokens, mixture.gains)
+        )
+        leaves *= (factor / leaves.sum(dim=-1))[:, None]
+        leaves.index_put_((rows, tokens), gains, accumulate=True)
     padding = (1 << depth_of(x.shape[-1])) - x.shape[-1]
-    levels = [torch.nn.functional.pad(leaves, (0, padding))]
+    levels = [torch.nn.functional.pad(leaves, (0, padding)) if padding else leaves]
     while levels[-1].shape[-1] > 1:
         levels.append(levels[-1][:, ::2] + levels[-1][:, 1::2])
     return levels[::-1]
 
 
-def path_log_odds(logits: torch.Tensor, tokens: torch.Tensor) -> np.ndarray:
+def path_log_odds(logits: torch.Tensor, tokens: torch.Tensor, mixture: Mixture | None = None) -> np.ndarray:
     """(n, depth) float64: the log-odds of a 1 at each decision on the way to `tokens` (n,), from logits (n, V).
 
-    If two logits differ by at most d in every entry, their log-odds differ by at most 2 d.
+    If two logits differ by at most d in every entry, their log-odds differ by at most 2 d; with a mixture by 4 d, as
+    either side's mass changes by a factor of exp(2 d) at most, before and after something is added to it.
     """
-    levels = masses(logits)
+    levels = masses(logits, mixture)
     depth = len(levels) - 1
     out = [
         torch.log(levels[k + 1].gather(1, left + 1)) - torch.log(levels[k + 1].gather(1, left))
@@ -265,10 +275,10 @@ class Decoder:
     def done(self) -> bool:
         return self.position >= int(self.lengths.max())
 
-    def step(self, logits: torch.Tensor) -> np.ndarray:
+    def step(self, logits: torch.Tensor, mixture: Mixture | None = None) -> np.ndarray:
         """The next token of every lane, int64 (lanes,), -1 where the lane has ended; `logits`: (lanes, V), those of
         ended lanes are not used but must be finite. Raises CheckFailed where the stream has been read to its end."""
-        levels = [level.cpu().numpy() for level in masses(logits)]
+        levels = [level.cpu().numpy() for level in masses(logits, mixture)]
         lane = np.arange(len(self.lengths))
 
         def log_odds(prefix: np.ndarray, level: int) -> np.ndarray:

@@ -9,7 +9,7 @@ and elsewhere leaves it as it is. This is the predictive rule of a Pitman-Yor pr
 level before it and, first of all, the model; caches of this kind go back to Kuhn and De Mori (1990). The sum over v is
 exactly one at every level, counts come from tokens before the target alone, and a token is counted only after its
 score, so the score is legal in the four senses of docs/legality.md. A level is affine in p with weights that do not
-depend on the model, so log-odds that agree within a tolerance before the cache agree within it afterwards.
+depend on the model, and so are all levels together (`Mixture`): the coder needs the model's distribution only once.
 
 `ngram_nll` computes the score of a whole stream at once by sorting; `NgramCache` shows the whole distribution, token by
 token. Both give the same numbers.
@@ -18,6 +18,7 @@ token. Both give the same numbers.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -87,6 +88,27 @@ def _rank_in_group(group: np.ndarray) -> np.ndarray:
     return out
 
 
+@dataclass(frozen=True)
+class Mixture:
+    """What caches make of n distributions p: p * factor (n,), plus gains (m,) at `rows` and `tokens` (m,), which may
+    repeat."""
+
+    factor: np.ndarray
+    rows: np.ndarray
+    tokens: np.ndarray
+    gains: np.ndarray
+
+    @classmethod
+    def of(cls, each: Sequence[tuple[float, np.ndarray, np.ndarray]]) -> Mixture:
+        """From `NgramCache.change` of each row."""
+        rows = np.repeat(np.arange(len(each)), [len(tokens) for _, tokens, _ in each])
+        factor = np.array([factor for factor, _, _ in each])
+        return cls(factor, rows, *(np.concatenate(parts) for parts in list(zip(*each, strict=True))[1:]))
+
+
+_NONE = np.zeros(0, np.int64)
+
+
 class NgramCache:
     """The cache of one lane, token by token: `give` every token of the lane, and `mix` what the model says of the
     next one."""
@@ -99,15 +121,24 @@ class NgramCache:
 
     def mix(self, probs: np.ndarray) -> np.ndarray:
         """(V,) float64 probabilities of the next token from the model's."""
-        p = np.asarray(probs, np.float64)
+        factor, tokens, gains = self.change()
+        mixed = np.asarray(probs, np.float64) * factor
+        np.add.at(mixed, tokens, gains)
+        return mixed
+
+    def change(self) -> tuple[float, np.ndarray, np.ndarray]:
+        """What `mix` does to any distribution: its factor, then tokens (m,) and what is added to each."""
+        factor, tokens, gains = 1.0, [_NONE], [np.zeros(0)]
         for level, table in zip(self.levels, self._tables, strict=True):
             followers = table.get(self._context(level) or ())
             if followers:
-                total, kinds = sum(followers.values()), len(followers)
-                p = (level.discount * kinds + level.strength) * p
-                p[list(followers)] += np.array(list(followers.values())) - level.discount
-                p = p / (total + level.strength)
-        return p
+                whole = sum(followers.values()) + level.strength
+                kept = (level.discount * len(followers) + level.strength) / whole
+                factor *= kept
+                gains = [before * kept for before in gains]
+                tokens.append(np.array(list(followers)))
+                gains.append((np.array(list(followers.values())) - level.discount) / whole)
+        return factor, np.concatenate(tokens), np.concatenate(gains)
 
     def give(self, token: int) -> None:
         """The token itself."""

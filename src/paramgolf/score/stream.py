@@ -8,7 +8,7 @@ n-gram cache (`ngram`), both mix it into the model's distribution, a cache for e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from paramgolf.model.gpt import GPT
 from paramgolf.model.loss import softcap
 from paramgolf.recipe.sections import NgramLevel
 from paramgolf.score import coder
-from paramgolf.score.ngram import NgramCache
+from paramgolf.score.ngram import Mixture, NgramCache
 from paramgolf.score.scorer import batch_rows, evaluating, window_batches
 from paramgolf.score.windows import plan
 
@@ -53,7 +53,7 @@ def encode_stream(
     with evaluating(model, seq_len):
         batch = batch_rows(len(whole), 1, min(seq_len, int(whole.length.max())), batch_tokens)
         for windows, hidden, truth in window_batches(model, tokens, whole, batch):
-            mix = caches.mixer(lane_of[done : done + len(truth)], truth)
+            mix = caches.mixer(lane_of[done : done + len(truth)], truth.cpu().numpy())
             held.append(path_log_odds(model, hidden, truth, mix))
             done += len(truth)
             if encoder is None and (done >= SAMPLE_TOKENS or windows == len(whole)):
@@ -72,16 +72,17 @@ def encode_stream(
     return encoder.finish()
 
 
-Mixer = Callable[[torch.Tensor, int], torch.Tensor]
+Mixer = Callable[[int, int], Mixture]
 
 
 def path_log_odds(model: GPT, hidden: torch.Tensor, truth: torch.Tensor, mix: Mixer | None = None) -> np.ndarray:
-    """(n, depth) float64 for hidden states (n, D) and the tokens (n,) that follow, a few at a time. `mix` makes other
-    logits of those from row `low` on."""
+    """(n, depth) float64 for hidden states (n, D) and the tokens (n,) that follow, a few at a time. `mix` tells what is
+    made of the distributions of rows `low` to `high`, asked in their order."""
     size, parts = max(1, LOGITS_AT_ONCE // model.vocab_size), []
     for low in range(0, len(truth), size):
-        logits = window_logits(model, hidden[low : low + size])
-        parts.append(coder.path_log_odds(logits if mix is None else mix(logits, low), truth[low : low + size]))
+        high = min(low + size, len(truth))
+        logits = window_logits(model, hidden[low:high])
+        parts.append(coder.path_log_odds(logits, truth[low:high], None if mix is None else mix(low, high)))
     return np.concatenate(parts)
 
 
@@ -91,37 +92,28 @@ class Caches:
     def __init__(self, levels: Sequence[NgramLevel], bos_id: int, first: Sequence[int]) -> None:
         """`first`: the token with which each lane begins."""
         self._caches = [NgramCache(levels, bos_id) for _ in first] if levels else []
-        self.give(np.arange(len(first)), np.array(first))
+        self.give(first)
 
-    def give(self, lanes: np.ndarray, tokens: np.ndarray) -> None:
-        """The next token (n,) of each of these lanes (n,), in their order."""
-        if self._caches:
-            for lane, token in zip(lanes.tolist(), tokens.tolist(), strict=True):
-                self._caches[lane].give(token)
+    def give(self, tokens: Sequence[int]) -> None:
+        """The next token of every lane."""
+        for cache, token in zip(self._caches, tokens, strict=False):
+            cache.give(int(token))
 
-    def mixed(self, logits: torch.Tensor, lanes: np.ndarray) -> torch.Tensor:
-        """(n, V) logits of the mixture for the next token of each of these lanes, from the model's."""
-        if not self._caches:
-            return logits
-        probs = torch.softmax(logits.double(), dim=-1).cpu().numpy()
-        for row, lane in zip(probs, lanes.tolist(), strict=True):
-            row[:] = self._caches[lane].mix(row)
-        return torch.from_numpy(np.log(probs)).to(logits.device)
+    def mixture(self) -> Mixture | None:
+        """Of the next token of every lane."""
+        return Mixture.of([cache.change() for cache in self._caches]) if self._caches else None
 
-    def mixer(self, lanes: np.ndarray, truth: torch.Tensor) -> Mixer | None:
-        """For `path_log_odds` of targets (n,) of these lanes: each is given once its own distribution is there."""
+    def mixer(self, lanes: np.ndarray, tokens: np.ndarray) -> Mixer | None:
+        """For `path_log_odds` of targets (n,) of these lanes (n,): each is given once its own distribution is there."""
         if not self._caches:
             return None
-        tokens = truth.cpu().numpy()
 
-        def mix(logits: torch.Tensor, low: int) -> torch.Tensor:
-            probs = torch.softmax(logits.double(), dim=-1).cpu().numpy()
-            for row, lane, token in zip(probs, lanes[low:].tolist(), tokens[low:].tolist(), strict=False):
-                row[:] = self._caches[lane].mix(row)
+        def changes(low: int, high: int) -> Iterator[tuple[float, np.ndarray, np.ndarray]]:
+            for lane, token in zip(lanes[low:high].tolist(), tokens[low:high].tolist(), strict=True):
+                yield self._caches[lane].change()
                 self._caches[lane].give(token)
-            return torch.from_numpy(np.log(probs)).to(logits.device)
 
-        return mix
+        return lambda low, high: Mixture.of(list(changes(low, high)))
 
 
 def window_logits(model: GPT, hidden: torch.Tensor) -> torch.Tensor:
@@ -148,11 +140,11 @@ def decode_stream(
         )
     lanes, steps = len(decoder.lengths), int(decoder.lengths.max())
     stepper = Stepper(model, np.full(lanes, first_token), seq_len=seq_len, stride=stride)
-    every, caches = np.arange(lanes), Caches(ngram, first_token, [first_token] * lanes)
+    caches = Caches(ngram, first_token, [first_token] * lanes)
     with evaluating(model, seq_len):
         while not decoder.done:
-            tokens = np.maximum(decoder.step(caches.mixed(stepper.logits(), every)), 0)
-            caches.give(every, tokens)
+            tokens = np.maximum(decoder.step(stepper.logits(), caches.mixture()), 0)
+            caches.give(tokens.tolist())
             stepper.append(tokens)
             if progress is not None:
                 progress(decoder.position, steps)
