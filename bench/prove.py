@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +35,12 @@ from paramgolf.files import atomic_write
 from paramgolf.model.gpt import GPT
 from paramgolf.pack.packer import pack_model
 from paramgolf.recipe.load import load_recipe
+from paramgolf.recipe.sections import NgramLevel
 from paramgolf.runner.environment import environment
 from paramgolf.score import coder
 from paramgolf.score.grid import LIMIT
 from paramgolf.score.scorer import evaluating, window_batches
-from paramgolf.score.stream import Stepper, path_log_odds
+from paramgolf.score.stream import Caches, Stepper, path_log_odds
 from paramgolf.score.windows import plan
 from paramgolf.text import pieces
 from paramgolf.text.blocks import TOLERANCE, TextModel, encode_lanes, exact_arithmetic
@@ -52,6 +53,7 @@ LIMITS = {0.0: 0.001, 1e-5: 0.005, 1e-4: 0.015}  # tolerance: what the proof may
 SPARE = 3.0  # times the largest difference seen must fit in the default tolerance
 FULL = ["model.mlp_hidden=1536", "train.seq_len=1024", "budget.bytes=0", "pack.codec=raw"]
 Rows = dict[str, Any]
+Levels = Sequence[NgramLevel]
 
 
 def run_golf(*arguments: str, stdin: Path | None = None, stdout: Path | None = None) -> tuple[float, int, str]:
@@ -112,61 +114,72 @@ def differences(options: argparse.Namespace, text: Path) -> Rows:
     rows = max(2, options.difference_tokens // seq_len)
     tokens = loaded.tokenizer.encode_documents([text.read_bytes()[: 8 * rows * seq_len]])[: rows * seq_len + 1]
     many, largest = min(64, len(tokens) // seq_len), {}
-    one_batch = windows_of(loaded.model, tokens, seq_len, many)
-    for name, other in ways(loaded.model, tokens, seq_len, many).items():
+    levels = loaded.ngram.levels
+    one_batch = windows_of(loaded.model, levels, tokens, seq_len, many)
+    for name, other in ways(loaded.model, levels, tokens, seq_len, many).items():
         print(f"  {name} ...", file=sys.stderr, flush=True)
         largest[name] = float(np.abs(other() - one_batch).max())
         torch.set_num_threads(threads)
     return {"tokens": len(tokens) - 1, "threads": threads, "default": TOLERANCE, "largest": largest}
 
 
-def windows_of(model: GPT, tokens: np.ndarray, seq_len: int, rows: int) -> np.ndarray:
-    """(decisions,) log-odds by whole windows, `rows` at once; what the coder treats as equal is equal."""
-    whole = plan(len(tokens), seq_len, seq_len)
+def windows_of(model: GPT, levels: Levels, tokens: np.ndarray, seq_len: int, rows: int) -> np.ndarray:
+    """(decisions,) log-odds by whole windows, each with a cache of its own, `rows` at once; what the coder treats as
+    equal is equal."""
+    whole, found, done = plan(len(tokens), seq_len, seq_len), [], 0
+    caches, lane_of = Caches(levels, int(tokens[0]), tokens[:-1:seq_len].tolist()), np.arange(len(tokens)) // seq_len
     with evaluating(model, seq_len), exact_arithmetic():
-        batches = window_batches(model, tokens, whole, (rows, seq_len))
-        return np.concatenate([seen(path_log_odds(model, hidden, truth)) for _, hidden, truth in batches])
+        for _, hidden, truth in window_batches(model, tokens, whole, (rows, seq_len)):
+            mix = caches.mixer(lane_of[done : done + len(truth)], truth.numpy())
+            found.append(seen(path_log_odds(model, hidden, truth, mix)))
+            done += len(truth)
+    return np.concatenate(found)
 
 
 def seen(log_odds: np.ndarray) -> np.ndarray:
     return np.clip(log_odds, -LIMIT, LIMIT)
 
 
-def token_by_token(model: GPT, tokens: np.ndarray, seq_len: int) -> np.ndarray:
+def token_by_token(model: GPT, levels: Levels, tokens: np.ndarray, seq_len: int) -> np.ndarray:
     """The same by the decoder's path, a window a lane."""
     rows = np.stack([tokens[at : at + seq_len + 1] for at in range(0, len(tokens) - 1, seq_len)]).astype(np.int64)
     stepper, found = Stepper(model, rows[:, 0], seq_len=seq_len), []
+    caches = Caches(levels, int(tokens[0]), rows[:, 0].tolist())
     with evaluating(model, seq_len), exact_arithmetic():
         for column in rows.T[1:]:
-            found.append(seen(coder.path_log_odds(stepper.logits(), torch.from_numpy(column.copy()))))
+            truth = torch.from_numpy(column.copy())
+            found.append(seen(coder.path_log_odds(stepper.logits(), truth, caches.mixture())))
+            caches.give(column.tolist())
             stepper.append(column)
     return np.stack(found, axis=1).reshape(len(tokens) - 1, -1)
 
 
-def ways(model: GPT, tokens: np.ndarray, seq_len: int, many: int) -> dict[str, Callable[[], np.ndarray]]:
+def ways(
+    model: GPT, levels: Levels, tokens: np.ndarray, seq_len: int, many: int
+) -> dict[str, Callable[[], np.ndarray]]:
     """Other computations of the same log-odds, to be held against whole windows in one large batch."""
 
     def one_thread_only() -> np.ndarray:
         torch.set_num_threads(1)
-        return windows_of(model, tokens, seq_len, many)
+        return windows_of(model, levels, tokens, seq_len, many)
 
     def compiled() -> np.ndarray:
         other = copy.deepcopy(model)
         other.compile_regions()
-        return windows_of(other, tokens, seq_len, many)
+        return windows_of(other, levels, tokens, seq_len, many)
 
     def double() -> np.ndarray:
         other = copy.deepcopy(model).double()
         other.compute_dtype = torch.float64
-        return windows_of(other, tokens, seq_len, many)
+        return windows_of(other, levels, tokens, seq_len, many)
 
     def cached_on_one_thread() -> np.ndarray:
         torch.set_num_threads(1)
-        return token_by_token(model, tokens, seq_len)
+        return token_by_token(model, levels, tokens, seq_len)
 
     return {
         f"{torch.get_num_threads()} threads / 1 thread": one_thread_only,
-        f"batch {many} / 1": lambda: windows_of(model, tokens, seq_len, 1),
+        f"batch {many} / 1": lambda: windows_of(model, levels, tokens, seq_len, 1),
         "eager / compiled": compiled,
         "float32 / float64": double,
         "batched / KV cache, 1 thread": cached_on_one_thread,

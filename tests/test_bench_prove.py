@@ -9,19 +9,21 @@ import numpy as np
 import pytest
 
 from bench import prove
+from paramgolf.recipe.sections import NgramLevel
 from paramgolf.text.blocks import TOLERANCE, TextModel
 from tests.run_common import prose
 from tests.test_text_files import make_artifact
 
 
-def test_windows_and_single_tokens_give_the_same_log_odds(tmp_path: Path) -> None:
+@pytest.mark.parametrize("levels", [[], [NgramLevel(scope="document", order=1), NgramLevel(scope="text", order=2)]])
+def test_windows_and_single_tokens_give_the_same_log_odds(tmp_path: Path, levels: list[NgramLevel]) -> None:
     model = TextModel(make_artifact(tmp_path / "model.golf"), device="cpu")
     tokens = model.tokenizer.encode_documents([prose()[:4000].encode()])[: 3 * model.seq_len + 1]
-    whole = prove.windows_of(model.model, tokens, model.seq_len, 2)
-    one = prove.token_by_token(model.model, tokens, model.seq_len)
+    whole = prove.windows_of(model.model, levels, tokens, model.seq_len, 2)
+    one = prove.token_by_token(model.model, levels, tokens, model.seq_len)
     assert one.shape == whole.shape == (3 * model.seq_len, 11)
     assert np.abs(one - whole).max() < TOLERANCE
-    other = prove.windows_of(model.model, np.roll(tokens, 5), model.seq_len, 2)
+    other = prove.windows_of(model.model, levels, np.roll(tokens, 5), model.seq_len, 2)
     assert np.abs(other - whole).max() > 1
 
 

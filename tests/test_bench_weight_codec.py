@@ -44,7 +44,7 @@ def test_a_stopped_bench_goes_on_and_other_bytes_are_measured_again(
     assert all(c["bytes"] > 0 and c["peak_bytes"] > 1e6 and c["encode_s"] >= 0 for c in first.values())
     asked: list[str] = []
 
-    def watched(name: str, payload: Path, limit: float) -> dict[str, object]:
+    def watched(name: str, payload: Path, limit: float, core: int) -> dict[str, object]:
         asked.append(name)
         return {"bytes": 5, "encode_s": 0.0, "decode_s": 0.0, "peak_bytes": 9}
 
