@@ -279,6 +279,26 @@ def test_the_most_salient_columns_keep_eight_bits_and_the_file_gives_them_back()
     assert list(restore(both)) == list(state)
 
 
+def test_the_salient_group_is_chosen_and_scaled_as_published() -> None:
+    """#1908: RMS of the input x mean |w|, summed over the group; only where the grid has fewer than eight bits; the
+    scale is k row deviations over 127, of the whole row."""
+    state, hessians = salient_case()
+    saliency = {n: hessians[n].diagonal().sqrt() * state[n].abs().mean(0) for n in "ab"}
+    sums = {(n, at): float(saliency[n][at : at + 8].sum()) for n in "ab" for at in range(0, 96, 8)}
+    assert max(sums, key=sums.__getitem__) == ("b", 32)
+    stored = {t.name: t for t in export(state, quant(method="gptq", awq_columns=8, input_share=50.0), 1, hessians)}
+    group, whole = stored["b.awq_32"], stored["b"]
+    assert group.scale is not None and whole.scale is not None
+    assert np.array_equal(group.scale, (12.85 * state["b"].std(1) / 127).half().numpy())
+    assert np.array_equal(whole.scale, (12.85 * state["b"].std(1) / 31).half().numpy())
+    grids = {"int6": INT6, "int8": replace(INT6, bits=8)}
+    rules = (RuleSection(match="b", store="int8"), RuleSection(store="int6"))
+    names = [t.name for t in export(state, QuantSection(method="gptq", awq_columns=8, grids=grids, rules=rules), 1,
+                                    hessians)]  # fmt: skip
+    first = max(range(0, 96, 8), key=lambda at: sums["a", at])
+    assert names == ["a", f"a.awq_{first}", "b", "v"], "eight bits are nothing more to a matrix that has them"
+
+
 def test_salient_columns_need_gptq_and_a_matrix_that_is_wide_enough() -> None:
     state, hessians = salient_case()
     with pytest.raises(GolfError, match="awq_columns needs"):

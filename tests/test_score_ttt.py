@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -21,7 +22,7 @@ from paramgolf.score.conditions import Verdict
 from paramgolf.score.scorer import OneByteEach, score
 from paramgolf.score.tilt import NO_HINT, NgramTable, hints, tilt_logits, tilted_nll
 from paramgolf.score.ttt.adapt import Adaptation, adapting
-from paramgolf.score.ttt.documents import batches_of, documents_of, window_of
+from paramgolf.score.ttt.documents import Batch, Chunks, Document, batches_of, documents_of, window_of
 from paramgolf.score.ttt.legal import AdaptedScorer
 from paramgolf.score.ttt.scorer import AdaptedScore, Run, score_adapted
 from tests.model_common import PARTS, small_gpt
@@ -49,9 +50,12 @@ def adapted(model: GPT, tokens: np.ndarray, section: TttSection, **settings: Any
     return score_adapted(model, tokens, section, token_bytes=OneByteEach(), seq_len=SEQ, **settings)
 
 
-@given(st.lists(st.integers(1, 9), max_size=12), st.integers(1, 4), st.booleans(), st.booleans())
-def test_every_target_is_in_one_document_and_one_batch(
-    lengths: list[int], size: int, headless: bool, longest: bool
+@given(
+    st.lists(st.integers(1, 30), max_size=12), st.integers(1, 4), st.booleans(), st.booleans(),
+    st.sampled_from([(), ((4, 1),), ((5, 2), (11, 4)), ((100, 1),)]),
+)  # fmt: skip
+def test_every_target_is_in_one_document_one_batch_and_one_chunk(
+    lengths: list[int], size: int, headless: bool, longest: bool, short: tuple[tuple[int, int], ...]
 ) -> None:
     tokens = np.concatenate([[5] * headless, *([BOS] + [7] * (n - 1) for n in lengths), [9]])
     documents = documents_of(tokens, BOS)
@@ -59,10 +63,27 @@ def test_every_target_is_in_one_document_and_one_batch(
     assert targets == list(range(1, len(tokens)))
     batches = batches_of(documents, size, "longest" if longest else "stream")
     assert sorted(d.number for b in batches for d in b.documents) == list(range(len(documents)))
-    for d in documents:
-        spans = [window_of(d.targets, c, 3, 5) for c in range(d.chunks(3))]
-        assert sum(w.count for w in spans) == d.targets
-        assert all(w.length <= 5 and w.offset + w.count == w.length for w in spans)
+    for batch in batches:
+        chunks = batch.chunks(3, short, "longest" if longest else "stream")
+        for d in batch.documents:
+            edges = [chunks.begin(n) for n in range(chunks.count(d.targets) + 1)]
+            spans = [window_of(d.targets, a, b, 5) for a, b in itertools.pairwise(edges)]
+            assert edges[0] == 0 and max([-1, *edges[:-1]]) < d.targets <= edges[-1]
+            assert [w.start + w.offset for w in spans] == edges[:-1]
+            assert sum(w.count for w in spans) == d.targets
+            assert all(w.length <= 5 and w.offset + w.count == w.length for w in spans)
+
+
+def test_short_documents_are_cut_finer() -> None:
+    """By their length where the records know it (#2014), by how far they have come from left to right."""
+    short = ((256, 8), (2000, 24))
+    documents = [Document(i, 0, length) for i, length in enumerate((100, 256, 257, 2000, 2001))]
+    sizes = [Batch(0, documents[: i + 1]).chunks(48, short, "longest").size for i in range(5)]
+    assert sizes == [8, 8, 24, 24, 48]
+    steps = Batch(0, documents).chunks(48, short, "stream")
+    assert [steps.begin(n) for n in (0, 1, 31, 32, 33, 104, 105, 106)] == [0, 8, 248, 256, 280, 1984, 2008, 2056]
+    assert [steps.count(t) for t in (1, 8, 9, 256, 257, 2008, 2009, 2057)] == [1, 1, 2, 32, 33, 105, 106, 107]
+    assert Chunks(48).begin(3) == 144 and Chunks(48).count(145) == 4
 
 
 def test_without_learning_it_is_the_model_on_each_document_alone() -> None:
@@ -108,7 +129,7 @@ class Half(Dist):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("changes", [{}, {"keep_a": True}])
+@pytest.mark.parametrize("changes", [{}, {"keep_a": True}, {"short_chunks": ((7, 2),)}])
 def test_ranks_share_the_work_and_agree(kind: str, changes: dict[str, Any]) -> None:
     model, tokens, section = gpt(), stream(), TttSection(**(KINDS[kind] | changes))
     whole = adapted(model, tokens, section).nll
@@ -139,6 +160,7 @@ def test_warm_adapters_go_on_from_the_batch_before() -> None:
         ({}, LORA | {"keep_a": True, "grad_steps": 2, "adapt": ("q", "o")}),
         ({"document_mask": True, "loop_layers": (1, 1), "loop_extra": 2}, PHASED),
         ({"parts": PARTS}, SGD),
+        ({}, PHASED | {"short_chunks": ((3, 1), (8, 2))}),
     ],
 )
 def test_the_four_conditions_hold(model: dict[str, Any], section: dict[str, Any]) -> None:
@@ -176,6 +198,8 @@ def test_rank_zero_is_refused() -> None:
     [
         ({"kind": "none"}, "nothing is learned"),
         ({"chunk": SEQ + 1}, r"ttt\.chunk=13 is more than the 12 tokens"),
+        ({"short_chunks": ((4, SEQ + 1),)}, r"ttt\.short_chunks=13 is more than the 12 tokens"),
+        ({"short_chunks": ((8, 2), (8, 1))}, r"ttt\.short_chunks: the limits \[8, 8\] must rise"),
         ({"adapt": ()}, r"ttt\.adapt"),
         ({"kind": "sgd", "sgd_chunk_tokens": SEQ - 1}, r"ttt\.sgd_chunk_tokens=11 holds no row"),
         ({"kind": "phased", "sgd_chunk_tokens": 5}, r"ttt\.sgd_chunk_tokens=5 holds no row"),

@@ -26,6 +26,7 @@ LORA = TttSection(kind="lora", rank=2, lr=0.02, chunk=5, batch_docs=3)
 PHASED = TttSection(
     kind="phased", rank=2, lr=0.02, chunk=5, batch_docs=2, prefix_docs=4, phases=2, sgd_chunk_tokens=16, sgd_lr=0.05
 )
+SHORT = TttSection(kind="lora", rank=2, lr=0.02, chunk=5, batch_docs=3, short_chunks=((3, 1), (12, 2)))
 
 
 def stream() -> np.ndarray:
@@ -34,7 +35,7 @@ def stream() -> np.ndarray:
     return np.concatenate([[BOS, *random.integers(2, VOCAB, n - 1)] for n in lengths]).astype(np.uint16)
 
 
-@pytest.mark.parametrize("section", [LORA, PHASED], ids=["lora", "phased"])
+@pytest.mark.parametrize("section", [LORA, PHASED, SHORT], ids=["lora", "phased", "short"])
 @pytest.mark.parametrize(
     "shape",
     [

@@ -247,7 +247,8 @@ def check(path: Path, z: Any) -> list[Check]:
     variants = sorted({k.split("/")[0] for k in z.files if k.endswith("/hyper_json")})
     size = settings(z, variants[0])[0].chunk
     table = z["chunk_window_table"]
-    windows = [window_of(int(t), int(c), size, int(context), to_end=True) for context, t, c, *_ in table]
+    rows = [(int(t), int(c) * size, (int(c) + 1) * size, int(context)) for context, t, c, *_ in table]
+    windows = [window_of(*row, to_end=True) for row in rows]
     checks = [
         exact("documents", [(d.start, d.length) for d in documents], z["doc_start_len"]),
         exact("windows", [(w.start, w.length, w.offset, w.count) for w in windows], table[:, 3:]),

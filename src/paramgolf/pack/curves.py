@@ -196,7 +196,7 @@ class Curves:
         assert self.loss is not None
         part = {name: self.state[name] for name in measured.members}
         section = solved_section(self.recipe.quant, [(measured.members, measured.base, bits, k)])
-        section = replace(section, lqer_tensors=0)  # the whole model gets so many corrections, not each group
+        section = replace(section, lqer_tensors=0, awq_columns=0)  # the whole model gets so many, not each group
         clips = dict.fromkeys(measured.members, k)
         quantised = restore(export(part, section, self.recipe.model.num_layers, self.hessians, clips=clips))
         increase = self.loss({**self.state, **quantised}) - self.before

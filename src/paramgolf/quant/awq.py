@@ -1,8 +1,9 @@
 """AWQ-lite: the columns that matter most, over all matrices, keep eight bits inside GPTQ (#1908, #1945).
 
-A column's saliency is the root mean square of its input times its mean |w|. Of all groups of neighbouring columns the
-one with the largest mean goes on a grid of eight bits with scales of its own. In the artifact it is a tensor more,
-`<name>.awq_<first column>`, and the matrix holds zeros there, which cost nothing.
+A column's saliency is the root mean square of its input times its mean |w|. Of all groups of neighbouring columns in
+matrices of fewer bits the one with the largest mean goes on a grid of eight: scales of its own, from the clip of the
+whole row (k x standard deviation / 127). In the artifact it is a tensor more, `<name>.awq_<first column>`, and the
+matrix holds zeros there, which cost nothing.
 """
 
 from __future__ import annotations

@@ -42,13 +42,14 @@ def export(
     float32, whatever type and device they have.
     Raises GolfError for non-finite weights, for values too large for float16, and for tensors without a rule.
     """
-    hessians = with_input_share(hessians or {}, state, section.input_share)
+    inputs = hessians or {}
+    hessians = with_input_share(inputs, state, section.input_share)
     section = mixed(section, state, num_layers, hessians)
     quantize: Quantizer = QUANTIZERS[section.method]
     grids = {name: Grid(grid) for name, grid in section.grids.items()}
     floats = {name: tuple(t.shape) for name, t in state.items() if t.is_floating_point()}
     stores = plan(floats, section, num_layers)
-    salient = _salient(state, section, stores, hessians)
+    salient = _salient(state, section, stores, inputs)  # as the layers' inputs are, whatever weighs the errors
     out = []
     for name, tensor in state.items():
         weight = tensor.detach()
@@ -81,7 +82,7 @@ def _salient(
     if not section.awq_columns:
         return None
     awq.check(section.method)
-    names = [name for name, store in stores.items() if store.grid is not None]
+    names = [name for name, store in stores.items() if store.grid is not None and store.grid.bits < awq.BITS]
     return awq.most_salient(state, hessians, names, section.awq_columns)
 
 

@@ -43,13 +43,13 @@ def quantize_salient(
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """As `quantize`, with some columns on a grid of their own: (codes, scale) of both; in the first they are zero.
 
-    The rounding errors of either grid are made up for by all later columns.
+    The scales of either grid are those it gives the whole row. Rounding errors are made up for by all later columns.
     """
     inside = torch.zeros(weight.shape[1], dtype=torch.bool)
     inside[columns] = True
     importance = column_importance(weight, hessian)
     scale_R1 = grid.row_scale(weight.float(), importance)
-    fine_R1 = fine.row_scale(weight[:, columns].float(), importance[columns])
+    fine_R1 = fine.row_scale(weight.float(), importance)
     codes = _quantized(weight, hessian, _Columns(scale_R1, grid), _Columns(fine_R1, fine), inside)
     salient = codes[:, columns].clone()
     codes[:, columns] = 0

@@ -230,6 +230,9 @@ class TttSection:
     weight_decay: NonNegative = 0.0
     grad_steps: Positive = 1  # after each chunk
     chunk: Positive = 32  # targets scored, then learned from
+    # (tokens, chunk) in rising order: documents of at most so many tokens go in chunks of that size (#2014). In stream
+    # order, where nothing says how long a document will be, every one begins so
+    short_chunks: Annotated[tuple[tuple[Positive, Positive], ...], Field(max_length=8)] = ()
     context: Count = 0  # tokens a chunk is predicted from, itself included; 0 = score.seq_len
     batch_docs: Positive = 64  # documents side by side
     order: Literal["stream", "longest"] = "stream"  # longest = similar lengths together, longest first (the records)

@@ -150,15 +150,15 @@ def _settings(reader: Reader) -> TttSection:
 
 def _read_chunk(model: GPT, decoder: coder.Decoder, adaptation: Adaptation, group: Group, number: int) -> None:
     """Decode chunk `number` of all documents that have it into the adaptation's stream."""
-    size, stream = group.section.chunk, adaptation.stream
-    slots = [i for i, d in enumerate(group.documents) if d.chunks(size) > number]
+    stream, slots = adaptation.stream, group.slots(number)
     rows = torch.tensor(slots, dtype=torch.int64, device=stream.device)
-    first, base = max(0, (number + 1) * size - group.context), number * size
+    base, end = group.cut.begin(number), group.cut.begin(number + 1)
+    first = max(0, end - group.context)
     begin = torch.tensor([group.documents[i].start for i in slots], device=stream.device)
     ids = stream[begin[:, None] + torch.arange(first, base + 1, device=stream.device)]
     cache, last = KVCache(group.context), max(group.documents[i].targets for i in slots)
     with group.adapters.attached(rows):
-        for target in range(base + 1, min(base + size, last) + 1):
+        for target in range(base + 1, min(end, last) + 1):
             hidden = model.hidden(ids, cache)[:, -1:]
             logits = torch.zeros(len(group.documents), model.vocab_size, device=stream.device)
             logits[rows] = group.adapters.logits(hidden, rows)[:, 0]

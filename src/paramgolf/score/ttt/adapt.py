@@ -6,6 +6,7 @@ between batches trains all weights where a pause is due. It looks at no token th
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -27,11 +28,15 @@ def check_ttt(section: TttSection, seq_len: int) -> None:
     """GolfError for settings that cannot work on windows of `seq_len`."""
     context = section.context or seq_len
     if section.kind in ("lora", "phased"):
-        if section.chunk > context:
-            raise GolfError(
-                f"ttt.chunk={section.chunk} is more than the {context} tokens it would be predicted from (ttt.context, "
-                "or score.seq_len); lower it"
-            )
+        for key, chunk in (("chunk", section.chunk), *(("short_chunks", size) for _, size in section.short_chunks)):
+            if chunk > context:
+                raise GolfError(
+                    f"ttt.{key}={chunk} is more than the {context} tokens it would be predicted from (ttt.context, or "
+                    "score.seq_len); lower it"
+                )
+        limits = [limit for limit, _ in section.short_chunks]
+        if any(after <= before for before, after in itertools.pairwise(limits)):
+            raise GolfError(f"ttt.short_chunks: the limits {limits} must rise; put the shortest documents first")
         if not section.adapt:
             raise GolfError("ttt.adapt=[] leaves nothing to adapt; name head, q, k, v, o or mlp, or set ttt.kind=none")
     if section.kind in ("sgd", "phased") and section.sgd_chunk_tokens < seq_len:
@@ -108,7 +113,9 @@ class Adaptation:
 
     def begin(self, number: int) -> Group:
         """This rank's documents of the `number`-th batch, ready to be gone through."""
-        documents, size = self.batches[number].documents, self.section.batch_docs
+        section, batch = self.section, self.batches[number]
+        documents, size = batch.documents, section.batch_docs
+        chunks = batch.chunks(section.chunk, section.short_chunks, section.order)
         mine = documents[self._rank :: self._world]
         # In the records a batch of fewer documents has adapters of its own; from left to right nothing may show that.
         alone = self.section.order == "longest" and len(documents) < size
@@ -119,7 +126,7 @@ class Adaptation:
             adapters = self._make(self.model, self.section, slots)
             self._adapters = self._adapters if alone else adapters
         adapters.begin(fresh=fresh)
-        return Group(adapters, self.section, self.stream, mine, self.context)
+        return Group(adapters, self.section, self.stream, mine, chunks, self.context)
 
     def finish(self, number: int) -> None:
         """The `number`-th batch is scored on all ranks; train all weights if a pause is due and something is left."""

@@ -19,8 +19,43 @@ class Document:
     def targets(self) -> int:
         return self.length - 1
 
-    def chunks(self, size: int) -> int:
-        return -(-self.targets // size)
+
+@dataclass(frozen=True)
+class Chunks:
+    """How documents are cut: targets begin(n) .. begin(n + 1) - 1 of each are its chunk n.
+
+    Chunks have `size` targets, but those that begin before a limit of `short` (limit, size), in rising order, its size.
+    """
+
+    size: int
+    short: tuple[tuple[int, int], ...] = ()
+
+    def begin(self, number: int) -> int:
+        """The first target of chunk `number`."""
+        at = 0
+        for size, count in self._runs():
+            if number <= count:
+                return at + number * size
+            at, number = at + count * size, number - count
+        return at + number * self.size
+
+    def count(self, targets: int) -> int:
+        """Chunks of a document of so many targets."""
+        at = done = 0
+        for size, count in self._runs():
+            if targets <= at + count * size:
+                return done + -(-(targets - at) // size)
+            at, done = at + count * size, done + count
+        return done + -(-(targets - at) // self.size)
+
+    def _runs(self) -> list[tuple[int, int]]:
+        """(size, how many) of the short chunks, in order."""
+        at, runs = 0, []
+        for limit, size in self.short:
+            count = max(0, -(-(limit - at) // size))
+            at += count * size
+            runs.append((size, count))
+        return runs
 
 
 def documents_of(tokens: np.ndarray, bos_id: int) -> list[Document]:
@@ -39,6 +74,18 @@ class Batch:
 
     number: int
     documents: list[Document]
+
+    def chunks(self, size: int, short: tuple[tuple[int, int], ...], order: str) -> Chunks:
+        """How the documents of this batch are cut.
+
+        In the records (`order` longest) a batch whose longest document has at most so many tokens takes that size for
+        all chunks (#2014). From left to right nothing may show how long a document will be, so every one begins with
+        small chunks and goes on with larger ones at the same limits.
+        """
+        if order != "longest":
+            return Chunks(size, short)
+        longest = max(d.length for d in self.documents)
+        return Chunks(next((own for limit, own in short if longest <= limit), size))
 
 
 def batches_of(documents: list[Document], size: int, order: str) -> list[Batch]:
@@ -64,13 +111,13 @@ class Window:
     count: int
 
 
-def window_of(targets: int, chunk: int, size: int, context: int, *, to_end: bool = False) -> Window:
-    """The window of chunk number `chunk` of a document of `targets` targets in chunks of `size`: at most `context`
-    tokens that end with the chunk, as if it were whole. A document longer than the context slides.
+def window_of(targets: int, first: int, end: int, context: int, *, to_end: bool = False) -> Window:
+    """The window of the chunk `first` .. `end` - 1 of a document of `targets` targets: at most `context` tokens that
+    end with the chunk, as if it were whole. A document longer than the context slides.
 
     With `to_end`, as in the records, the window of a last, shorter chunk ends with it and begins earlier by as much;
     that prediction then depends on where the document ends, which no token before says.
     """
-    end = min((chunk + 1) * size, targets)
-    start = max(0, (end if to_end else (chunk + 1) * size) - context)
-    return Window(start, end - start, chunk * size - start, end - chunk * size)
+    last = min(end, targets)
+    start = max(0, (last if to_end else end) - context)
+    return Window(start, last - start, first - start, last - first)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from paramgolf.recipe.sections import TttSection
 from paramgolf.score.ttt.adapters import Adapters
-from paramgolf.score.ttt.documents import Document, Window, window_of
+from paramgolf.score.ttt.documents import Chunks, Document, Window, window_of
 
 
 @dataclass(frozen=True)
@@ -45,15 +45,20 @@ class Group:
     """`documents` of the stream `tokens` (int64 on the model's device), document i in slot i of `adapters`."""
 
     def __init__(
-        self, adapters: Adapters, section: TttSection, tokens: Tensor, documents: list[Document], context: int
-    ) -> None:
+        self, adapters: Adapters, section: TttSection, tokens: Tensor, documents: list[Document], chunks: Chunks,
+        context: int,
+    ) -> None:  # fmt: skip
         self.adapters, self.section, self.context = adapters, section, context
-        self.documents, self._tokens = documents, tokens
+        self.documents, self.cut, self._tokens = documents, chunks, tokens
 
     @property
     def chunks(self) -> int:
         """Of the longest document."""
-        return max((d.chunks(self.section.chunk) for d in self.documents), default=0)
+        return max((self.cut.count(d.targets) for d in self.documents), default=0)
+
+    def slots(self, number: int) -> list[int]:
+        """Of the documents that have a chunk `number`."""
+        return [i for i, d in enumerate(self.documents) if self.cut.count(d.targets) > number]
 
     def run(self, observe: Observe) -> None:
         """All chunks of all documents."""
@@ -79,8 +84,7 @@ class Group:
 
     def _learners(self, chunk: Chunk) -> Tensor:
         """Rows of the chunk whose documents go on; their chunk is whole."""
-        size = self.section.chunk
-        on = [i for i, d in enumerate(chunk.documents) if d.chunks(size) > chunk.number + 1]
+        on = [i for i, d in enumerate(chunk.documents) if self.cut.count(d.targets) > chunk.number + 1]
         return torch.tensor(on, dtype=torch.int64, device=chunk.rows.device)
 
     def logits(self, chunk: Chunk) -> Tensor:
@@ -91,18 +95,18 @@ class Group:
 
     def chunk(self, number: int) -> Chunk:
         """Chunk `number` of every document that has it."""
-        size, device = self.section.chunk, self._tokens.device
-        slots = [i for i, d in enumerate(self.documents) if d.chunks(size) > number]
+        device, slots = self._tokens.device, self.slots(number)
+        first, end = self.cut.begin(number), self.cut.begin(number + 1)
         own = [self.documents[i] for i in slots]
         to_end = self.section.order == "longest"
-        windows = [window_of(d.targets, number, size, self.context, to_end=to_end) for d in own]
-        width = min(self.context, (number + 1) * size)
+        windows = [window_of(d.targets, first, end, self.context, to_end=to_end) for d in own]
+        width = min(self.context, end)
         start = np.array([d.start + w.start for d, w in zip(own, windows, strict=True)])[:, None]
         length, offset, count = (np.array([getattr(w, k) for w in windows])[:, None] for k in _WINDOW)
         inside = np.arange(width) < length
         index = torch.from_numpy(np.where(inside, start + np.arange(width), 0)).to(device)
         ids = self._tokens[index].masked_fill(~torch.from_numpy(inside).to(device), 0)
-        places = torch.from_numpy(offset + np.minimum(np.arange(size), count - 1)).to(device)
+        places = torch.from_numpy(offset + np.minimum(np.arange(end - first), count - 1)).to(device)
         targets = self._tokens[torch.from_numpy(start).to(device) + places + 1]
         rows = torch.tensor(slots, dtype=torch.int64, device=device)
         return Chunk(number, own, windows, rows, ids, places, targets)
