@@ -10,7 +10,9 @@ its submission's environment variables, the recipe the same through `recipe.from
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
+import math
 import os
 import shlex
 import shutil
@@ -26,7 +28,17 @@ from typing import Any
 import torch
 
 from bench.gpu_logs import Side, compare, our_side, script_side
-from bench.gpu_peers import PATHS, data_facts, decay_steps, find_script, make_shards, variables
+from bench.gpu_peers import (
+    PATHS,
+    SCRIPTS,
+    data_facts,
+    decay_steps,
+    find_script,
+    make_shards,
+    our_overrides,
+    our_variables,
+    variables,
+)
 from paramgolf.errors import GolfError
 from paramgolf.files import atomic_write, sha256_file
 from paramgolf.recipe.fromenv import from_variables
@@ -34,6 +46,8 @@ from paramgolf.recipe.load import load_recipe
 from paramgolf.runner.environment import environment
 
 LOG_EVERY = 10
+SOURCE = Path(__file__).resolve().parents[1] / "src"  # also where the package is not installed
+STANDIN = Path(__file__).with_name("flash_attn_standin")
 ON_GPU = ("train.device=cuda",)
 NO_GPU = (
     "no CUDA device is present; this bench needs one (see docs/gpu.md). Without it: --prepare makes the shards, "
@@ -67,8 +81,13 @@ def run_logged(command: list[str], folder: Path, env: Mapping[str, str], limit: 
 
 
 def run_script(script: Path, env: Mapping[str, str], folder: Path, limit: float) -> Side:
-    """The public script on this GPU, alone: without torchrun it runs as one process with 8 accumulation steps."""
+    """The public script on this GPU, alone: without torchrun it runs as one process with 8 accumulation steps.
+
+    Where FlashAttention-3 is not installed, a module of its name that calls torch's kernels takes its place.
+    """
     began = time.monotonic()
+    if importlib.util.find_spec("flash_attn_interface") is None:
+        env = {**env, "PYTHONPATH": _path(STANDIN, SOURCE)}
     text, problem = run_logged([sys.executable, str(script)], folder, env, limit, "script")
     side = script_side(text.splitlines())
     return side | {"wall_seconds": time.monotonic() - began, "problem": problem}
@@ -81,15 +100,18 @@ def run_recipe(recipe: str, env: Mapping[str, str], folder: Path, limit: float, 
     shutil.rmtree(out, ignore_errors=True)
     command = [sys.executable, "-m", "paramgolf", "run", recipe, *overrides, *more, "--out", str(out)]
     began = time.monotonic()
-    source = str(Path(__file__).resolve().parents[1] / "src")  # also where the package is not installed
-    path = os.pathsep.join([source, *filter(None, [os.environ.get("PYTHONPATH", "")])])
-    _, problem = run_logged(command, folder, {"PYTHONPATH": path}, limit, "recipe")
+    _, problem = run_logged(command, folder, {"PYTHONPATH": _path(SOURCE)}, limit, "recipe")
     record = out / "record.json"
     side: Side = script_side([])
     if record.exists():
         rows = [json.loads(line) for line in (out / "train.jsonl").read_text().splitlines()]
         side = our_side(json.loads(record.read_text()), rows)
     return side | {"wall_seconds": time.monotonic() - began, "problem": problem}
+
+
+def _path(*folders: Path) -> str:
+    """PYTHONPATH with these before it."""
+    return os.pathsep.join([*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH", "")])])
 
 
 def gpu_facts() -> dict[str, Any]:
@@ -105,25 +127,31 @@ def gpu_facts() -> dict[str, Any]:
 
 def bench(options: argparse.Namespace, data: Path, folder: Path) -> dict[str, Any]:
     """Run the sides that were asked for; what FILE already holds of the others is kept."""
-    env = variables(options.recipe, data, seconds=options.seconds, seed=options.seed, log_every=LOG_EVERY)
-    script = options.script or find_script(options.scripts, options.recipe)
+    recipe = options.recipe
+    env = variables(
+        recipe, data, seconds=options.seconds, seed=options.seed, log_every=LOG_EVERY, steps=options.steps,
+        ttt=options.ttt,
+    )  # fmt: skip
+    own, more = our_variables(recipe, env), [*ON_GPU, *our_overrides(recipe, ttt=options.ttt)]
+    script = options.script or find_script(options.scripts, recipe)
     facts = {
-        "recipe": options.recipe, "seconds": options.seconds, "seed": options.seed, "data": data_facts(data),
+        "recipe": recipe, "seconds": options.seconds, "seed": options.seed, "data": data_facts(data),
         "script": {"name": script.name, "bytes": script.stat().st_size, "sha256": sha256_file(script)},
         "variables": {key: value for key, value in env.items() if key not in PATHS},
     }  # fmt: skip
+    facts |= {"steps": options.steps} if options.steps else {}
     answer: dict[str, Any] = {**facts, "command": command_line(), "environment": gpu_facts(), "sides": {}}
     if options.json.exists():
         before = json.loads(options.json.read_text())
         if all(before.get(key) == value for key, value in facts.items()):
             answer["sides"] = before["sides"]
     runs = {
-        "ours": lambda: run_recipe(options.recipe, env, folder, options.limit),
+        "ours": lambda: run_recipe(recipe, own, folder, options.limit, more),
         "theirs": lambda: run_script(script.resolve(), env, folder, options.limit),
-        "ours-again": lambda: run_recipe(options.recipe, {**env, "SEED": str(options.seed + 1)}, folder, options.limit),
+        "ours-again": lambda: run_recipe(recipe, {**own, "SEED": str(options.seed + 1)}, folder, options.limit, more),
     }
     for name in options.only.split(","):
-        print(f"{options.recipe}: {name} ...", file=sys.stderr, flush=True)
+        print(f"{recipe}: {name} ...", file=sys.stderr, flush=True)
         answer["sides"][name] = runs[name]()
         answer |= comparisons(answer, options.seconds)
         atomic_write(options.json, json.dumps(answer, indent=1).encode())  # a stopped bench keeps what it measured
@@ -133,12 +161,20 @@ def bench(options: argparse.Namespace, data: Path, folder: Path) -> dict[str, An
 def comparisons(answer: dict[str, Any], seconds: float) -> dict[str, Any]:
     """`comparison` with the script and `noise` between two of our seeds, as far as the sides are there."""
     sides = {name: _with_steps(side) for name, side in answer["sides"].items()}
-    decay = decay_steps(answer["recipe"], seconds)
     out = {}
     for key, other in (("comparison", "theirs"), ("noise", "ours-again")):
         if "ours" in sides and other in sides:
-            out[key] = compare(sides["ours"], sides[other], decay)
+            out[key] = compare(sides["ours"], sides[other], _decay(answer, seconds, sides["ours"], sides[other]))
     return out
+
+
+def _decay(answer: dict[str, Any], seconds: float, ours: Side, theirs: Side) -> int:
+    """Steps at the end of two runs in which their rates fall by the clock."""
+    if answer.get("steps"):
+        return 0
+    part = load_recipe(answer["recipe"]).schedule.warmdown_frac
+    last = min(ours["steps"] or 0, theirs["steps"] or 0)
+    return math.ceil(part * last) if part else decay_steps(answer["recipe"], seconds)
 
 
 def _with_steps(side: Side) -> Side:
@@ -155,7 +191,7 @@ def command_line() -> str:
 def table(answers: list[dict[str, Any]]) -> str:
     """One line a side."""
     head = f"{'recipe':13} {'':10} {'steps':>6} {'ms/step':>8} {'tokens/s':>10} {'speed':>6} {'loss@step':>14} "
-    lines = [head + f"{'gap':>7} {'BPB float':>9} {'BPB':>7} {'sliding':>7} {'artifact':>11} {'GiB':>5}"]
+    lines = [head + f"{'gap':>7} {'BPB float':>9} {'BPB':>7} {'sliding':>7} {'TTT':>7} {'artifact':>11} {'GiB':>5}"]
     for answer in answers:
         batch = load_recipe(answer["recipe"]).train.batch_tokens
         lines += [_line(answer, name, batch) for name in answer["sides"]]
@@ -185,13 +221,14 @@ def _line(answer: dict[str, Any], name: str, batch: int) -> str:
         f"{answer['recipe']:13} {name:10} {number(side['steps'], 'd'):>6} {number(side['step_ms'], '.1f'):>8} "
         f"{rate:>10} {speed:>6} {loss:>14} {gap:>7} {number(side['val_bpb_float'], '.4f'):>9} "
         f"{number(side['val_bpb'], '.4f'):>7} {number(side['val_bpb_sliding'], '.4f'):>7} "
+        f"{number(side.get('val_bpb_ttt'), '.4f'):>7} "
         f"{number(side['artifact_bytes'], ',d'):>11} {number(peak / 2**30 if peak else None, '.1f'):>5}"
     )
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.splitlines()[0])
-    parser.add_argument("recipe", nargs="?", help="baseline, pr107, pr114, pr128, pr137 or pr137-script")
+    parser.add_argument("recipe", nargs="?", help=", ".join(SCRIPTS))
     parser.add_argument("--scripts", type=Path, help="folder of the public scripts")
     parser.add_argument("--script", type=Path, help="one script, where the folder does not tell which")
     parser.add_argument("--text", help="training text (.txt, .xz, .jsonl ...)")
@@ -201,6 +238,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shards", type=Path, help="folder of the shards; with --text they are made there")
     parser.add_argument("--prepare", action="store_true", help="only make the shards (needs no GPU)")
     parser.add_argument("--seconds", type=float, default=60.0, help="of training, each side")
+    parser.add_argument("--steps", type=int, default=0, help="of records: so many steps instead, rates by steps too")
+    parser.add_argument("--ttt", action="store_true", help="of records: test-time training too")
     parser.add_argument("--limit", type=float, default=280.0, help="most seconds of one side, all in all")
     parser.add_argument("--seed", type=int, default=1337)
     parser.add_argument("--only", default="theirs,ours", help="sides to run: theirs, ours, ours-again (next seed)")

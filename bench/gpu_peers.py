@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ SCRIPTS = {
     "pr128": ("pr128",),
     "pr137": ("pr137",),
     "pr137-script": ("pr137",),
+    "record-1.0611": ("pr1855",),
+    "frontier": ("pr1855",),
 }
 FINAL_BYTES = {"pr107": 64_517}  # the code size that the reported log states, where a pull request had several commits
 
@@ -41,6 +44,23 @@ REPORTED: dict[str, dict[str, str]] = {
 }
 REPORTED_SECONDS, REPORTED_GPUS = 600.0, 8
 PATHS = ("DATA_PATH", "TOKENIZER_PATH")
+# The command of #1855. Most of it has no recipe key by the same name: the recipes hold those values themselves, and
+# are told only of the run (RUN_VARIABLES). `frontier` is measured against the same script.
+RECORD_SCRIPT = {
+    "CASEOPS_ENABLED": "1", "EMBED_BITS": "7", "MATRIX_LR": "0.026", "MIN_LR": "0.1", "MLP_CLIP_SIGMAS": "11.5",
+    "ATTN_CLIP_SIGMAS": "13.0", "EMBED_CLIP_SIGMAS": "14.0", "GRAD_CLIP_NORM": "0.3", "WARMUP_STEPS": "20",
+    "MUON_BACKEND_STEPS": "5", "WARMDOWN_FRAC": "0.85", "BETA2": "0.99", "PHASED_TTT_ENABLED": "1",
+    "PHASED_TTT_PREFIX_DOCS": "2500", "PHASED_TTT_NUM_PHASES": "3", "GLOBAL_TTT_MOMENTUM": "0.9",
+    "TTT_CHUNK_SIZE": "48", "TTT_BETA2": "0.99", "TTT_WEIGHT_DECAY": "0.5", "TTT_LORA_RANK": "80",
+    "SPARSE_ATTN_GATE_ENABLED": "1", "SPARSE_ATTN_GATE_SCALE": "0.5", "GATED_ATTN_QUANT_GATE": "1",
+    "SMEAR_GATE_ENABLED": "1", "GATE_WINDOW": "12", "LQER_ENABLED": "1", "LQER_ASYM_ENABLED": "1", "LQER_RANK": "4",
+    "LQER_FACTOR_BITS": "4", "LQER_ASYM_GROUP": "64", "LQER_TOP_K": "3", "FUSED_CE_ENABLED": "1",
+    "GPTQ_RESERVE_SECONDS": "0.5", "GPTQ_CALIBRATION_BATCHES": "16",
+}  # fmt: skip
+RECORDS = ("record-1.0611", "frontier")
+RUN_VARIABLES = {
+    *PATHS, "VOCAB_SIZE", "SEED", "ITERATIONS", "MAX_WALLCLOCK_SECONDS", "TRAIN_LOG_EVERY", "VAL_LOSS_EVERY", "RUN_ID",
+}  # fmt: skip
 
 
 def find_script(folder: Path, recipe: str) -> Path:
@@ -66,10 +86,16 @@ def decay_steps(recipe: str, seconds: float, gpus: int = 1) -> int:
     return max(1, round(steps * seconds * gpus / (REPORTED_SECONDS * REPORTED_GPUS)))
 
 
-def variables(recipe: str, data: Path, *, seconds: float, seed: int, log_every: int) -> dict[str, str]:
+def variables(
+    recipe: str, data: Path, *, seconds: float, seed: int, log_every: int, steps: int = 0, ttt: bool = False
+) -> dict[str, str]:
     """The environment variables that set a public script to the reported run, shortened to `seconds` on one GPU.
 
-    The recipe gets the same through `recipe.fromenv`, so that each change is stated once.
+    The recipe gets the same through `recipe.fromenv` (of a record `our_variables`), so that each change is stated once.
+
+    Args:
+        steps: so many steps instead, the rates falling by steps too; of records only. ttt: score with test-time
+            training as well; of records only.
     """
     model = tokenizer_of(data)
     named = {
@@ -79,15 +105,35 @@ def variables(recipe: str, data: Path, *, seconds: float, seed: int, log_every: 
         "VOCAB_SIZE": str(Tokenizer.load(model).vocab_size),
         "MAX_WALLCLOCK_SECONDS": str(seconds),
         "SEED": str(seed),
-        "WARMDOWN_ITERS": str(decay_steps(recipe, seconds)),
         "TRAIN_LOG_EVERY": str(log_every),
         "VAL_LOSS_EVERY": "0",  # once, after the last step
         "RUN_ID": "bench",
     }
+    if recipe in RECORDS:
+        packer = "pergroup" if shutil.which("lrzip") else "brotli"  # the record's own needs that program
+        named |= RECORD_SCRIPT | {"COMPRESSOR": packer, "TTT_ENABLED": str(int(ttt))}
+        return named | ({"ITERATIONS": str(steps), "MAX_WALLCLOCK_SECONDS": "0"} if steps else {})
+    if steps or ttt:
+        raise GolfError(f"--steps and --ttt are for {' and '.join(RECORDS)}; '{recipe}' decays by its clock")
+    named["WARMDOWN_ITERS"] = str(decay_steps(recipe, seconds))
     post = load_recipe(recipe).quant
     if post.post_qat:
         named["POST_QAT_SECONDS"] = str(post.post_qat_frac * seconds)
     return named
+
+
+def our_variables(recipe: str, env: Mapping[str, str]) -> dict[str, str]:
+    """Those of them that the recipe is told of."""
+    return {key: value for key, value in env.items() if recipe not in RECORDS or key in RUN_VARIABLES}
+
+
+def our_overrides(recipe: str, *, ttt: bool = False) -> list[str]:
+    """What of a record's recipe is not as its script has it: there the clock starts after compilation and stops before
+    calibration, and scores that learn are left out unless asked for."""
+    if recipe not in RECORDS:
+        return []
+    rules = ["budget.clock=challenge", "budget.count_packing=false"]
+    return rules if ttt else [*rules, "ttt.kind=none", "tilt.orders=[]"]
 
 
 def tokenizer_of(data: Path) -> Path:
@@ -101,7 +147,8 @@ def tokenizer_of(data: Path) -> Path:
 def make_shards(text: str, tokenizer: Path, folder: Path, *, val: str = "", val_bytes: int = 1_000_000) -> Path:
     """Tokenise `text` into `folder` as the scripts expect it: fineweb_train_*.bin, fineweb_val_*.bin, the tokenizer.
 
-    Shards alone, without the documents: then our score counts bytes by the tokenizer's table, as the scripts do.
+    Shards alone, without the documents: then our score counts bytes by the tokenizer's table, as the scripts do; of a
+    CaseOps tokenizer by the sidecar fineweb_val_bytes_*.bin.
     """
     vocab_size = Tokenizer.load(tokenizer).vocab_size
     section = DataSection(train=text, val=val, tokenizer=str(tokenizer), vocab_size=vocab_size, val_max_bytes=val_bytes)
@@ -110,7 +157,8 @@ def make_shards(text: str, tokenizer: Path, folder: Path, *, val: str = "", val_
     folder.mkdir(parents=True, exist_ok=True)
     for old in [*folder.glob("fineweb_*.bin"), *folder.glob("*.model")]:
         old.unlink()
-    for kind, shards in (("train", dataset.train_shards), ("val", dataset.val_shards)):
+    kinds = {"train": dataset.train_shards, "val": dataset.val_shards, "val_bytes": dataset.val_sizes}
+    for kind, shards in kinds.items():
         for number, shard in enumerate(shards):
             _link(shard, folder / f"fineweb_{kind}_{number:06d}.bin")
     shutil.copyfile(tokenizer, folder / tokenizer.name)

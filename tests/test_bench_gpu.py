@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import subprocess
 import sys
@@ -12,22 +13,27 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.gpu import comparisons, run_recipe, run_script, table
+from bench.gpu import STANDIN, comparisons, run_recipe, run_script, table
 from bench.gpu_logs import compare, script_side
 from bench.gpu_peers import (
     FINAL_BYTES,
+    RECORD_SCRIPT,
+    RECORDS,
     REPORTED,
     SCRIPTS,
     data_facts,
     decay_steps,
     find_script,
     make_shards,
+    our_overrides,
+    our_variables,
     variables,
 )
 from paramgolf.data.dataset import prepare
 from paramgolf.data.shards import read_header
 from paramgolf.errors import GolfError
-from paramgolf.recipe.fromenv import from_variables
+from paramgolf.model.backends import PlainMath
+from paramgolf.recipe.fromenv import VARIABLES, from_variables
 from paramgolf.recipe.load import load_recipe
 from paramgolf.recipe.sections import DataSection
 
@@ -52,6 +58,24 @@ Serialized model int8+zlib: 1200 bytes (payload:1500 raw_torch:1600 payload_rati
 Total submission size int8+zlib: 1500 bytes
 final_int8_zlib_roundtrip val_loss:5.4100 val_bpb:3.2100 eval_time:10ms
 final_int8_zlib_roundtrip_exact val_loss:5.41000000 val_bpb:3.21000000
+"""
+LATE = """\
+  train_batch_tokens: 786432
+model_params:35945671
+warmup_step: 1/20
+1/20000 train_loss: 9.0087 train_time: 0.0m tok/s: 786432
+10/20000 train_loss: 7.5000 train_time: 0.2m tok/s: 655360
+20/20000 val_loss: 6.3441 val_bpb: 3.0712
+stopping_early: wallclock_cap train_time: 20100ms step: 20/20000
+peak memory allocated: 41707 MiB reserved: 46984 MiB
+diagnostic pre-quantization post-ema val_loss:6.31952808 val_bpb:3.05993108 eval_time:20917ms
+Serialized model: 135418111 bytes
+Code size (uncompressed): 191812 bytes
+Code size (compressed): 38134 bytes
+Serialized model quantized+brotli: 15943811 bytes
+Total submission size quantized+brotli: 15981945 bytes
+diagnostic quantized val_loss:6.33790966 val_bpb:3.06833072 eval_time:21788ms
+quantized_ttt_phased val_loss:6.31400153 val_bpb:3.05740567 eval_time:572386ms
 """
 
 
@@ -92,6 +116,24 @@ def test_a_log_that_breaks_off_keeps_what_it_had() -> None:
     side = script_side(LOG.splitlines()[:4])
     assert (side["steps"], side["step_ms"], side["artifact_bytes"]) == (10, 90.0, None)
     assert script_side([])["curve"] == {}
+
+
+def test_a_log_of_a_later_record() -> None:
+    side = script_side(LATE.splitlines())
+    assert side["curve"] == {1: 9.0087, 10: 7.5}
+    assert (side["steps"], side["step_ms"], side["params"]) == (20, 1005.0, 35_945_671)
+    assert (side["val_bpb_float"], side["val_bpb"], side["val_bpb_ttt"]) == (3.05993108, 3.06833072, 3.05740567)
+    assert (side["artifact_bytes"], side["code_bytes"], side["total_bytes"]) == (15_943_811, 38_134, 15_981_945)
+    by_steps = script_side(LATE.splitlines()[:6])  # without a clock to stop it
+    assert (by_steps["steps"], by_steps["step_ms"]) == (20, 1200.0)
+
+
+def test_rates_that_fall_by_steps_leave_all_steps_to_compare() -> None:
+    curve = {str(step): 5.0 for step in range(1, 101)}
+    side = script_side([]) | {"curve": curve, "steps": 100, "step_ms": 1.0}
+    answer = {"recipe": "record-1.0611", "sides": {"ours": side, "theirs": side}}
+    assert comparisons(answer, 60)["comparison"]["last_step"] == 14, "0.85 of the time the rates fall"
+    assert comparisons(answer | {"steps": 100}, 60)["comparison"]["last_step"] == 99
 
 
 def test_only_steps_before_the_decay_are_compared() -> None:
@@ -136,7 +178,9 @@ def test_scripts_are_found_by_name(tmp_path: Path) -> None:
     assert find_script(tmp_path, "pr107").name == f"pr107-{FINAL_BYTES['pr107']}.py"
     with pytest.raises(GolfError, match="no public script"):
         find_script(tmp_path, "pocket")
-    assert set(REPORTED) <= set(SCRIPTS)
+    (tmp_path / "pr1855_record.py").write_text("pass\n")
+    assert {find_script(tmp_path, name).name for name in RECORDS} == {"pr1855_record.py"}
+    assert {*REPORTED, *RECORDS} <= set(SCRIPTS)
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +191,17 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = [f"Document {n} tells of {n * n} ships and {n % 7} harbours, and of nothing else." for n in range(400)]
     text.write_text("\x1e\n".join(lines))
     small = DataSection(train=str(text), vocab_size=300, val_max_bytes=4000)
+    made = prepare(small, cache=folder / "cache", workers=1)
+    return make_shards(str(text), made.root / "tokenizer.model", folder / "shards", val_bytes=4000)
+
+
+@pytest.fixture(scope="module")
+def caseops(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with a CaseOps tokenizer."""
+    folder = tmp_path_factory.mktemp("caseops")
+    text = folder / "text.txt"
+    text.write_text("\x1e\n".join(f"Document {n} tells of {n * n} SHIPS and of {n % 7} Harbours." for n in range(400)))
+    small = DataSection(train=str(text), vocab_size=300, val_max_bytes=4000, caseops=True)
     made = prepare(small, cache=folder / "cache", workers=1)
     return make_shards(str(text), made.root / "tokenizer.model", folder / "shards", val_bytes=4000)
 
@@ -177,6 +232,33 @@ def test_each_change_of_the_run_is_stated_once(shards: Path) -> None:
     assert "POST_QAT_SECONDS" not in variables("pr128", shards, seconds=60, seed=7, log_every=10)
 
 
+def test_the_sidecar_lies_beside_caseops_shards(caseops: Path) -> None:
+    assert sorted(p.name for p in caseops.iterdir()) == [
+        "fineweb_train_000000.bin", "fineweb_val_000000.bin", "fineweb_val_bytes_000000.bin", "tokenizer.model",
+    ]  # fmt: skip
+    assert read_header(caseops / "fineweb_val_000000.bin") == read_header(caseops / "fineweb_val_bytes_000000.bin")
+
+
+def test_a_record_s_settings_are_its_recipe_s(caseops: Path) -> None:
+    """What has a key by the name of a variable says there what the recipe says; ours is told of the run only."""
+    known = {key: value for key, value in RECORD_SCRIPT.items() if key in VARIABLES}
+    assert len(known) > 5
+    assert load_recipe("record-1.0611", from_variables(known)[0]) == load_recipe("record-1.0611")
+    env = variables("frontier", caseops, seconds=60, seed=7, log_every=10)
+    assert (env["TTT_ENABLED"], env["MAX_WALLCLOCK_SECONDS"], env["VOCAB_SIZE"]) == ("0", "60", "300")
+    assert "ITERATIONS" not in env and "WARMDOWN_ITERS" not in env
+    steps = variables("frontier", caseops, seconds=60, seed=7, log_every=10, steps=40, ttt=True)
+    assert (steps["TTT_ENABLED"], steps["ITERATIONS"], steps["MAX_WALLCLOCK_SECONDS"]) == ("1", "40", "0")
+    overrides, _ = from_variables(our_variables("frontier", steps) | {"VOCAB_SIZE": "8192"})
+    recipe = load_recipe("frontier", [*overrides, *our_overrides("frontier")])
+    assert (recipe.train.seed, recipe.budget.seconds, recipe.budget.steps, recipe.ttt.kind) == (7, 0, 40, "none")
+    assert (recipe.budget.clock, recipe.budget.count_packing, recipe.tilt.orders) == ("challenge", False, ())
+    assert load_recipe("frontier", our_overrides("frontier", ttt=True)).ttt.kind == "phased"
+    assert our_variables("pr114", {"GRAD_CLIP_NORM": "1"}) == {"GRAD_CLIP_NORM": "1"} and our_overrides("pr114") == []
+    with pytest.raises(GolfError, match="--steps and --ttt are for record-"):
+        variables("pr114", caseops, seconds=60, seed=7, log_every=10, steps=3)
+
+
 def small(shards: Path) -> dict[str, str]:
     """Pull request 114 as four steps of a very small model."""
     env = variables("pr114", shards, seconds=600, seed=1337, log_every=1)
@@ -199,6 +281,20 @@ def test_our_side_is_a_run_of_the_recipe(shards: Path, tmp_path: Path) -> None:
     assert lines[1].startswith("pr114         ours")
     assert "3.2100" in lines[2]
     assert "stopped after 5 s" in lines[3]
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_our_side_of_a_record(name: str, caseops: Path, tmp_path: Path) -> None:
+    env = variables(name, caseops, seconds=600, seed=1337, log_every=1, steps=4)
+    sizes = [
+        "model.dim=64", "model.num_heads=4", "model.num_kv_heads=2", "model.mlp_hidden=64", "model.rope_dims=8",
+        "train.batch_tokens=1024", "train.seq_len=64", "stages=[]", "score.seq_len=0", "pack.fit=false",
+        "schedule.warmup_steps=1", "quant.calibration_tokens=1024",
+    ]  # fmt: skip
+    side = run_recipe(name, our_variables(name, env), tmp_path, 300, [*ON_CPU, *our_overrides(name), *sizes])
+    assert side["problem"] == ""
+    assert (side["steps"], sorted(side["curve"]), side["val_bpb_ttt"]) == (4, [1, 2, 3, 4], None)
+    assert 0 < side["val_bpb"] < 9 and 0 < side["artifact_bytes"] < side["file_bytes"]
 
 
 @pytest.mark.gpu
@@ -231,6 +327,33 @@ def test_a_script_is_run_read_and_stopped(tmp_path: Path) -> None:
     assert side["problem"] == "stopped after 2 s"
     script.write_text("raise SystemExit('no GPU')\n")
     assert "no GPU" in run_script(script, {}, tmp_path, 60)["problem"]
+
+
+def test_torch_s_kernels_stand_in_for_flash_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if importlib.util.find_spec("flash_attn_interface") is not None:
+        pytest.skip("FlashAttention-3 is installed")
+    script = tmp_path / "script.py"
+    script.write_text("import flash_attn_interface as f\nprint('model_params:7' if f.flash_attn_varlen_func else '')\n")
+    assert run_script(script, {}, tmp_path, 60)["params"] == 7
+    monkeypatch.syspath_prepend(STANDIN)
+    standin = importlib.import_module("flash_attn_interface")
+    draw = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(2, 9, heads, 8, generator=draw) for heads in (4, 2, 2))
+    torch.testing.assert_close(standin.flash_attn_func(q, k, v, causal=True), PlainMath()(q, k, v))
+    with pytest.raises(NotImplementedError, match="causal"):
+        standin.flash_attn_func(q, k, v)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_stand_in_keeps_packed_rows_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(STANDIN)
+    standin = importlib.import_module("flash_attn_interface")
+    q, k, v = (torch.randn(12, heads, 64, device="cuda", dtype=torch.bfloat16) for heads in (4, 2, 2))
+    cut = torch.tensor([0, 5, 12, 12], dtype=torch.int32, device="cuda")
+    packed = standin.flash_attn_varlen_func(q, k, v, cut, cut, 8, 8, causal=True, window_size=(-1, -1))
+    alone = [PlainMath()(q[None, a:b], k[None, a:b], v[None, a:b])[0] for a, b in ((0, 5), (5, 12))]
+    torch.testing.assert_close(packed, torch.cat(alone), atol=2e-2, rtol=2e-2)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
