@@ -11,18 +11,31 @@ from pathlib import Path
 
 from paramgolf.errors import GolfError
 
+_LONGEST = 50  # characters of a file's name in that of its temporary sibling; a file system takes 255 bytes
+
+
+def user_path(path: str | Path) -> Path:
+    """`path` with its ~ replaced; ~name stands for itself where there is no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
 
 @contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """A temporary sibling of `path`, renamed to it when the block succeeds and removed when it does not.
 
-    Raises GolfError when the folder cannot be written or the disk is full.
+    Raises GolfError when the folder cannot be written or the disk is full, and for a `path` that is no plain file: a
+    rename would replace /dev/null itself.
     """
     target = Path(path)
+    if target.exists() and not target.is_file():
+        raise GolfError(f"cannot write {target}: it is no plain file; choose another place")
     temporary: Path | None = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+        handle, name = tempfile.mkstemp(prefix=f".{target.name[:_LONGEST]}.", suffix=".tmp", dir=target.parent)
         os.close(handle)
         temporary = Path(name)
         yield temporary

@@ -15,6 +15,7 @@ from paramgolf.data.build import PASSPORT, TOKENIZER, VAL_TEXT, Progress
 from paramgolf.data.shards import open_shard
 from paramgolf.data.tokenizer import Tokenizer
 from paramgolf.errors import GolfError
+from paramgolf.files import user_path
 from paramgolf.recipe.sections import DataSection
 
 
@@ -50,7 +51,7 @@ class Dataset:
         """A folder made by `prepare`."""
         folder = Path(folder)
         try:
-            passport = json.loads((folder / PASSPORT).read_text())
+            passport = json.loads((folder / PASSPORT).read_text(encoding="utf-8"))
             text = folder / VAL_TEXT
             return cls(
                 root=folder,
@@ -81,7 +82,7 @@ def prepare(
     settings. A folder of shards is used where it is. workers: processes, 0 = one for each processor.
     """
     name = str(source if source is not None else section.train)
-    folder = Path(name).expanduser()
+    folder = user_path(name)
     if name and folder.is_dir():
         if (folder / PASSPORT).is_file():
             dataset = Dataset.open(folder)
@@ -113,7 +114,7 @@ def open_text(
         with tempfile.TemporaryDirectory() as spool:
             documents = [bytes(d.data) for d in sources.spool_stdin(Path(spool), field).documents()]
         return _as_stream(documents, "standard input", tokenizer)
-    path = Path(source).expanduser()
+    path = user_path(source)
     if path.is_dir() and (path / VAL_TEXT).is_file() and (path / PASSPORT).is_file():
         path = path / VAL_TEXT
     elif path.is_dir() and official.has_shards(path):
@@ -134,7 +135,7 @@ def open_text(
 def open_sizes(source: str | Path, tokenizer: Tokenizer) -> np.ndarray | None:
     """Bytes of original text of every token of the shards in `source` (a folder's validation part, or one shard), as
     the sidecar of a CaseOps export counts them, uint16 (n,); None where the tokenizer's table counts or is exact."""
-    path = Path(source).expanduser()
+    path = user_path(source)
     if not tokenizer.case_operators or tokenizer.reversible:
         return None
     if path.is_dir() and not (path / PASSPORT).is_file() and official.has_shards(path):

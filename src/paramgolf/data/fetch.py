@@ -88,7 +88,7 @@ def _dataset_name(variant: str) -> str:
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     try:
-        manifest = json.loads(path.read_text())
+        manifest = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(manifest["datasets"], list) or not isinstance(manifest["tokenizers"], list):
             raise TypeError("no lists of datasets and tokenizers")
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -16,6 +16,7 @@ from paramgolf.data.shards import open_shard
 from paramgolf.data.sources import Source, find
 from paramgolf.data.tokenizer import Tokenizer
 from paramgolf.errors import GolfError
+from paramgolf.files import user_path
 from paramgolf.recipe.sections import DataSection
 
 
@@ -27,7 +28,7 @@ def inspect(
     Text is only tokenised when `tokenizer` names a model. `documents`: the original text of the validation shards in
     their order, where it is not in the folder; what it holds beyond them is not read. GolfError for what is unreadable.
     """
-    folder = Path(source).expanduser()
+    folder = user_path(source)
     if str(source) and folder.is_dir() and ((folder / PASSPORT).is_file() or official.has_shards(folder)):
         return _inspect_shards(folder, str(tokenizer), find(documents, field)[0] if str(documents) else [])
     if str(documents):

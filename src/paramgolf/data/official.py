@@ -13,6 +13,7 @@ from paramgolf.data.cache import remembered_sha256
 from paramgolf.data.shards import check_ids, open_shard, read_header
 from paramgolf.data.tokenizer import Tokenizer
 from paramgolf.errors import GolfError
+from paramgolf.files import user_path
 from paramgolf.recipe.sections import DataSection
 
 SIDECAR = "val_bytes"
@@ -50,7 +51,7 @@ def find(folder: Path, section: DataSection, cache: Path) -> Shards:
     train, val = shard_files(folder)
     if not train:
         raise GolfError(f"{folder}: no training shard (*.bin without 'val' in its name); fetch with --train-shards 1")
-    model = Path(section.tokenizer).expanduser() if section.tokenizer else _model_beside(folder, section.vocab_size)
+    model = user_path(section.tokenizer) if section.tokenizer else _model_beside(folder, section.vocab_size)
     tokenizer = Tokenizer.load(model)
     check_vocabulary(tokenizer, section, where=str(model), given=True)
     check_case(tokenizer, section, where=str(model))

@@ -23,7 +23,7 @@ from paramgolf.data import caseops, compact, sp_model, token_bytes
 from paramgolf.data.sp_model import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, UNUSED, USER_DEFINED
 from paramgolf.data.token_bytes import TokenBytes
 from paramgolf.errors import GolfError
-from paramgolf.files import sha256_bytes
+from paramgolf.files import sha256_bytes, user_path
 
 Buffer = bytes | bytearray | memoryview
 
@@ -60,7 +60,7 @@ class Tokenizer:
         """From a .model file or its bytes."""
         if isinstance(source, bytes):
             return cls(source)
-        path = Path(source)
+        path = user_path(source)
         try:
             data = path.read_bytes()
         except OSError as error:
