@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import io
 import json
 import lzma
+import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paramgolf.data import builtin, sources, split
-from paramgolf.data.sources import Source, find, kind_of
+from paramgolf.data.sources import Source, find, kind_of, spool_stdin
 from paramgolf.errors import GolfError
 
 
@@ -170,6 +173,12 @@ def test_globs_and_files_named_outright_take_any_name(tmp_path: Path) -> None:
 def test_nothing_to_read(tmp_path: Path) -> None:
     with pytest.raises(GolfError, match=r"no such file or folder: .*absent"):
         find(tmp_path / "absent")
+    with pytest.raises(GolfError, match="no such file or folder: ~nobody-of-that-name"):
+        find("~nobody-of-that-name/a.txt")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(GolfError, match="neither a file nor a folder"):
+        find(tmp_path / "pipe")
+    (tmp_path / "pipe").unlink()
     with pytest.raises(GolfError, match="no file matches"):
         find(str(tmp_path / "*.txt"))
     with pytest.raises(GolfError, match="it is empty"):
@@ -198,3 +207,38 @@ def test_builtin_corpus_is_real_text_without_tables() -> None:
     assert not [name for name in documents if any(part in name for part in left_out)]
     assert len({split.digest(data) for data in documents.values()}) > 0.98 * len(documents)
     json.dumps([data.decode() for data in documents.values()])  # all UTF-8
+
+
+def test_parquet_that_is_not_utf8(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as parquet
+
+    texts = pyarrow.Array.from_buffers(pyarrow.string(), 2, pyarrow.array([b"fine", b"caf\xe9"]).buffers())
+    parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet")
+    with pytest.raises(GolfError, match=r"a\.parquet: column 'text' is not UTF-8"):
+        read(tmp_path / "a.parquet")
+
+
+def spooled(monkeypatch: pytest.MonkeyPatch, folder: Path, content: bytes) -> Source:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+    return spool_stdin(folder)
+
+
+def test_standard_input_says_what_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    long_line = json.dumps({"text": "many words " * 20_000}).encode()  # longer than any block that is looked at
+    assert spooled(monkeypatch, tmp_path, long_line + b"\n").kind == "jsonl"
+    assert spooled(monkeypatch, tmp_path, gzip.compress(long_line)).kind == "jsonl"
+    assert spooled(monkeypatch, tmp_path, b"[" * 100_000).kind == "text"
+    assert {path.suffix for path in tmp_path.iterdir()} == {".jsonl", ".text"}
+
+
+def test_standard_input_that_cannot_be_read_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(GolfError, match="standard input: damaged compressed file"):
+        spooled(monkeypatch, tmp_path, gzip.compress(b"hello " * 1000)[:-20])
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(GolfError, match=r"cannot keep standard input in .*a file: (File exists|Not a directory)"):
+        (tmp_path / "a file").touch()
+        spooled(monkeypatch, tmp_path / "a file", b"hello")
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(GolfError, match="standard input is closed"):
+        spool_stdin(tmp_path)

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +14,6 @@ from typing import Any, cast
 
 import numpy as np
 
-from paramgolf.data import sources
 from paramgolf.data.byte_oracle import check_stream
 from paramgolf.data.dataset import open_text
 from paramgolf.data.tokenizer import Tokenizer
@@ -110,13 +108,7 @@ class LanguageModel:
         section, tilt = adapt.settings_of(self.config, settings)
         section = adapt.chosen(section, ttt)
         learns = section.kind != "none" or bool(tilt.orders)
-        if str(source) == "-":
-            with tempfile.TemporaryDirectory() as folder:
-                spooled = sources.spool_stdin(Path(folder))
-                named = spooled.path.rename(spooled.path.with_suffix(f".{spooled.kind}"))
-                tokens, true_bytes, sizes = open_text(named, self.tokenizer)
-        else:
-            tokens, true_bytes, sizes = open_text(source, self.tokenizer)
+        tokens, true_bytes, sizes = open_text(source, self.tokenizer)
         table = check_stream(tokens, sizes, self.tokenizer, where=str(source)).as_dict() if sizes else None
         ngram = self.ngram
         standard = self._score(tokens, true_bytes, 0, seq_len, 0.0, progress, None if stride else ngram)

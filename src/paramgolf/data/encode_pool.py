@@ -31,6 +31,11 @@ def cpu_count() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def child_environment() -> dict[str, str]:
+    """The environment in which a child process, in whatever folder, finds the modules that this one finds."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(os.path.abspath(path) for path in sys.path)}
+
+
 def encode_stream(
     documents: Iterable[Document], tokenizer: Tokenizer, *, total_bytes: int, workers: int = 0
 ) -> Iterator[tuple[np.ndarray, int]]:
@@ -93,9 +98,11 @@ def _encode(tokenizer: Tokenizer, batch: Batch) -> np.ndarray:
 
 class _Worker:
     def __init__(self, tokenizer: Tokenizer) -> None:
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         command = [sys.executable, "-m", "paramgolf.data.encode_pool"]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=child_environment(),
+            process_group=0,  # Ctrl-C is for the parent, which closes the pipes
+        )  # fmt: skip
         assert self._process.stdin is not None and self._process.stdout is not None
         self._to: IO[bytes] = self._process.stdin
         self._from: IO[bytes] = self._process.stdout

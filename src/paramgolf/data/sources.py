@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import bz2
 import codecs
+import contextlib
 import glob
 import gzip
 import io
@@ -27,11 +28,13 @@ from typing import IO, Any, cast
 
 from paramgolf.data.tokenizer import Buffer
 from paramgolf.errors import GolfError
+from paramgolf.files import user_path
 
 SEPARATOR = b"\x1e\n"
 COMPRESSED = {".gz", ".xz", ".zst", ".bz2", ".lzma"}
 KINDS = {".txt": "text", ".text": "text", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 _BLOCK = 1 << 20
+_LONGEST_LINE = 1 << 26  # of standard input that is looked at to tell JSONL from text
 _LARGE = 1 << 23  # documents above this size stay in the memory map instead of being copied
 
 
@@ -61,7 +64,7 @@ class Source:
 
     def documents(self) -> Iterator[Document]:
         """Its documents in order, flat in memory. GolfError with file and place for what is not text."""
-        try:
+        with _reading(str(self.path)):
             if self.kind == "text":
                 for data in _text_documents(self):
                     yield Document(data)
@@ -71,10 +74,17 @@ class Source:
                     for part in row.split(SEPARATOR):
                         if part:
                             yield Document(part)
-        except (EOFError, lzma.LZMAError, zlib.error) as error:
-            raise GolfError(f"{self.path}: damaged compressed file ({error}); make it again") from error
-        except OSError as error:
-            raise GolfError(f"cannot read {self.path}: {error.strerror or error}") from error
+
+
+@contextlib.contextmanager
+def _reading(what: str) -> Iterator[None]:
+    """Inside, a file that cannot be read or unpacked is a GolfError."""
+    try:
+        yield
+    except (EOFError, lzma.LZMAError, zlib.error) as error:
+        raise GolfError(f"{what}: damaged compressed file ({error}); make it again") from error
+    except OSError as error:
+        raise GolfError(f"cannot read {what}: {error.strerror or error}") from error
 
 
 def kind_of(path: Path) -> str | None:
@@ -96,7 +106,7 @@ def find(source: str | Path, field: str = "text") -> tuple[list[Source], list[st
     A file named outright or by a glob is text unless its name says JSONL or parquet; in a folder only .txt, .text,
     .jsonl, .ndjson and .parquet files count (with .gz, .xz, .zst, .bz2 as well).
     """
-    path = Path(source).expanduser()
+    path = user_path(source)
     if path.is_file():
         return [Source(path, kind_of(path) or "text", field)], []
     if path.is_dir():
@@ -106,6 +116,8 @@ def find(source: str | Path, field: str = "text") -> tuple[list[Source], list[st
         if paths:
             return [Source(p, kind_of(p) or "text", field) for p in paths], []
         raise GolfError(f"no file matches '{source}'; check the pattern")
+    if path.exists():
+        raise GolfError(f"{source} is neither a file nor a folder; give what it holds on standard input, by '-'")
     raise GolfError(f"no such file or folder: {source}; check data.train or --data")
 
 
@@ -127,21 +139,36 @@ def _find_in_folder(folder: Path, field: str) -> tuple[list[Source], list[str]]:
 
 
 def spool_stdin(folder: Path, field: str = "text") -> Source:
-    """Standard input, kept in a file under `folder` because it is read twice."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=folder, prefix="stdin.", delete=False) as stream:
-        shutil.copyfileobj(sys.stdin.buffer, stream, _BLOCK)
-    path = Path(stream.name)
-    with _open(path) as text:
-        head = text.read(1 << 16)
-    if head[:4] == b"PAR1":
-        return Source(path, "parquet", field, "stdin")
+    """Standard input, kept in a file under `folder` because it is read twice; its name says what it holds."""
+    if sys.stdin is None:
+        raise GolfError("standard input is closed; pipe the text in, or name a file")
+    path: Path | None = None
     try:
-        first = json.loads(head.split(b"\n", 1)[0])
-        kind = "jsonl" if isinstance(first, dict) and field in first else "text"
-    except ValueError:
-        kind = "text"
-    return Source(path, kind, field, "stdin")
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix="stdin.", delete=False) as stream:
+            path = Path(stream.name)
+            shutil.copyfileobj(sys.stdin.buffer, stream, _BLOCK)
+        with _reading("standard input"):
+            kind = _kind_of_content(path, field)
+        return Source(path.rename(path.with_name(f"{path.name}.{kind}")), kind, field, "stdin")
+    except BaseException as error:
+        if path is not None:
+            path.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise GolfError(f"cannot keep standard input in {folder}: {error.strerror or error}; free space") from error
+        raise
+
+
+def _kind_of_content(path: Path, field: str) -> str:
+    with _open(path) as text:
+        line = text.readline(_LONGEST_LINE)
+    if line[:4] == b"PAR1":
+        return "parquet"
+    try:
+        first = json.loads(line)
+    except (ValueError, RecursionError):
+        return "text"
+    return "jsonl" if isinstance(first, dict) and field in first else "text"
 
 
 def _open(path: Path) -> IO[bytes]:
@@ -302,5 +329,7 @@ def _parquet_rows(source: Source) -> Iterator[bytes]:
             for text in column.to_pylist():
                 if text:
                     yield text.encode()
+    except UnicodeDecodeError as error:
+        raise GolfError(f"{source.path}: column '{source.field}' is not UTF-8 ({error}); make it again") from error
     except pyarrow.ArrowException as error:
         raise GolfError(f"{source.path}: damaged or not a parquet file ({error}); make it again") from error

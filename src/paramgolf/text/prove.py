@@ -11,7 +11,6 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import shutil
 import subprocess
 import sys
@@ -26,8 +25,8 @@ from typing import Any, BinaryIO
 import numpy as np
 import zstandard
 
-from paramgolf.data import sources
-from paramgolf.data.sources import SEPARATOR
+from paramgolf.data.encode_pool import child_environment
+from paramgolf.data.sources import SEPARATOR, spool_stdin
 from paramgolf.errors import CheckFailed, GolfError
 from paramgolf.files import atomic_path, sha256_file
 from paramgolf.pack.container import read_artifact
@@ -115,8 +114,7 @@ def ttt_section(artifact: Path, words: Sequence[str]) -> TttSection:
 def _corpus(source: str, model: TextModel, folder: Path) -> Corpus:
     """`source` opened; standard input is kept in `folder`, because a proof reads its documents twice."""
     if source == "-":
-        spooled = sources.spool_stdin(folder)
-        source = str(spooled.path.rename(spooled.path.with_suffix(f".{spooled.kind}")))
+        source = str(spool_stdin(folder).path)
     return cut.open_corpus(source, model.tokenizer)
 
 
@@ -320,7 +318,7 @@ def decode_elsewhere(artifact: Path, file: Path, folder: Path) -> dict[str, Any]
     given = folder / "proof.gtx"
     shutil.copyfile(file, given)
     command = [sys.executable, "-m", "paramgolf.text.replay", str(artifact.resolve()), given.name, "digests"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**child_environment(), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
