@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import os
+import subprocess
 import sys
 import threading
 from functools import lru_cache
@@ -15,6 +17,7 @@ import pytest
 
 from paramgolf.data import builtin, encode_pool, split
 from paramgolf.data.bpe import train_bpe
+from paramgolf.data.cache import cache_root
 from paramgolf.data.dataset import Dataset, open_text, prepare
 from paramgolf.data.encode_pool import encode_stream
 from paramgolf.data.shards import write_shard
@@ -169,7 +172,7 @@ def test_the_same_content_is_prepared_once(tmp_path: Path) -> None:
     assert not [p for p in cache.iterdir() if p.name.startswith(".")]
 
 
-@pytest.mark.parametrize("name", ["train_000000.bin", "val_000000.bin", "val.txt", "passport.json"])
+@pytest.mark.parametrize("name", ["train_000000.bin", "val_000000.bin", "val.txt", "passport.json", "tokenizer.model"])
 def test_a_damaged_cache_is_built_again(tmp_path: Path, name: str) -> None:
     path = write(tmp_path / "a.txt", topics()[:30])
     made = prepare(SMALL, path, cache=tmp_path / "cache")
@@ -210,6 +213,34 @@ def test_out_must_be_empty_or_ours(tmp_path: Path) -> None:
     with pytest.raises(GolfError, match="not empty and not a prepared dataset"):
         prepare(SMALL, write(tmp_path / "a.txt", topics()[:30]), cache=tmp_path / "cache", out=tmp_path)
     assert (tmp_path / "mine.txt").read_text() == "precious"
+
+
+def test_a_dataset_with_something_else_beside_it_is_not_replaced(tmp_path: Path) -> None:
+    path, out = write(tmp_path / "a.txt", topics()[:30]), tmp_path / "out"
+    prepare(SMALL, path, cache=tmp_path / "cache", out=out)
+    (out / "notes.md").write_text("precious")
+    assert prepare(SMALL, path, cache=tmp_path / "cache", out=out).root == out  # the same: nothing to do
+    write(path, topics()[:20])
+    with pytest.raises(GolfError, match="not a prepared dataset alone"):
+        prepare(SMALL, path, cache=tmp_path / "cache", out=out)
+    assert (out / "notes.md").read_text() == "precious"
+    (out / "notes.md").unlink()
+    assert prepare(SMALL, path, cache=tmp_path / "cache", out=out).root == out
+    with pytest.raises(GolfError, match="not empty and not a prepared dataset"):
+        prepare(SMALL, path, cache=tmp_path / "cache", out=path)
+
+
+def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def nobody() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", nobody)  # a container's user without a name
+    monkeypatch.setenv("PARAMGOLF_CACHE", "")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_root() == tmp_path / "paramgolf"
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    with pytest.raises(GolfError, match="set PARAMGOLF_CACHE"):
+        cache_root()
 
 
 def test_passport_names_no_place_or_time(tmp_path: Path) -> None:
@@ -253,6 +284,17 @@ def test_processes_change_nothing(monkeypatch: pytest.MonkeyPatch, workers: int)
     assert sum(size for _, size in parts) == sum(len(d.data) for d in documents)
     got = np.concatenate([tokens for tokens, _ in parts])
     assert (got == tokenizer.encode_documents(d.data for d in documents)).all()
+
+
+def test_processes_hear_no_ctrl_c_and_find_the_package_from_anywhere(tmp_path: Path) -> None:
+    worker = encode_pool._Worker(train_bpe([], 260))
+    try:
+        assert os.getpgid(worker._process.pid) != os.getpgrp()
+    finally:
+        worker.close()
+    command = [sys.executable, "-S", "-c", "import paramgolf.errors"]  # -S: nothing that is installed
+    environment = encode_pool.child_environment()
+    assert subprocess.run(command, cwd=tmp_path, env=environment, check=False).returncode == 0
 
 
 def test_an_error_while_processes_run_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:

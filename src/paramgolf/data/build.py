@@ -11,6 +11,7 @@ import heapq
 import itertools
 import json
 import os
+import re
 import shutil
 import tempfile
 from array import array
@@ -35,6 +36,7 @@ Progress = Callable[[str, int, int | None], None]  # (phase, bytes done, bytes i
 
 FORMAT = 3  # raise when the meaning of a prepared folder changes: the cache key holds it
 PASSPORT, TOKENIZER, VAL_TEXT = "passport.json", "tokenizer.model", "val.txt"
+_OURS = re.compile(rf"{PASSPORT}|{TOKENIZER}|{VAL_TEXT}|(train|val|{SIDECAR})_\d+\.bin")
 _LISTED = 50  # names of skipped files the passport holds
 
 
@@ -65,8 +67,8 @@ def build(
         folder = out or cache / key[:20]
         if _is_current(folder, key):
             return folder
-        if out is not None and folder.exists() and not (folder / PASSPORT).is_file() and any(folder.iterdir()):
-            raise GolfError(f"{folder}: not empty and not a prepared dataset; choose another --out")
+        if out is not None and folder.exists() and not _replaceable(folder):
+            raise GolfError(f"{folder}: not empty and not a prepared dataset alone; choose another --out")
         folder.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         try:
@@ -76,7 +78,8 @@ def build(
         finally:
             shutil.rmtree(work, ignore_errors=True)
     except OSError as error:
-        raise GolfError(f"cannot write the dataset in {cache}: {error.strerror or error}; free space") from error
+        reason = error.strerror or error
+        raise GolfError(f"cannot write the dataset in {out or cache}: {reason}; free space or change it") from error
     finally:
         if inputs.temporary:
             inputs.temporary.unlink(missing_ok=True)
@@ -86,12 +89,20 @@ def build(
 def _is_current(folder: Path, key: str) -> bool:
     """Whether `folder` is the whole dataset of `key`; a cache that lost a file is built again."""
     try:
-        passport = json.loads((folder / PASSPORT).read_text())
+        passport = json.loads((folder / PASSPORT).read_text(encoding="utf-8"))
         shards = [*passport["train"]["shards"], *passport["val"]["shards"], *passport["val"].get("sizes", [])]
         whole = all(read_header(folder / shard["name"]) == shard["tokens"] for shard in shards)
-        return bool(whole and passport["key"] == key and sha256_file(folder / VAL_TEXT) == passport["val"]["sha256"])
+        hashes = {VAL_TEXT: passport["val"]["sha256"], TOKENIZER: passport["tokenizer"]["sha256"]}
+        whole = whole and all(sha256_file(folder / name) == expected for name, expected in hashes.items())
+        return bool(whole and passport["key"] == key)
     except (OSError, ValueError, TypeError, KeyError, GolfError):
         return False
+
+
+def _replaceable(folder: Path) -> bool:
+    """Whether nothing of the user's is lost with `folder`: it is empty, or a prepared dataset and nothing else."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else [""]
+    return not names or (PASSPORT in names and all(_OURS.fullmatch(name) for name in names))
 
 
 def _publish(work: Path, folder: Path, key: str) -> None:
@@ -109,12 +120,11 @@ def _publish(work: Path, folder: Path, key: str) -> None:
 
 def read_inputs(section: DataSection, name: str, cache: Path, progress: Progress = _silent) -> Inputs:
     """What `name` (file, folder, glob, "-", "" = built-in) and section.val give to read; which part is validation."""
+    given = find(section.val, section.text_field)[0] if section.val else None  # or refused, before anything is read
     if not name:
-        if section.val:
-            val, _ = find(section.val, section.text_field)
-            return Inputs(
-                builtin.documents, _reader(val), "data.val", [*_labels(val, cache, progress), _builtin_label()]
-            )
+        if given is not None:
+            labels = [*_labels(given, cache, progress), _builtin_label()]
+            return Inputs(builtin.documents, _reader(given), "data.val", labels)
         return Inputs(builtin.documents, None, "", [_builtin_label()])
     temporary: Path | None = None
     skipped: list[str] = []
@@ -123,8 +133,8 @@ def read_inputs(section: DataSection, name: str, cache: Path, progress: Progress
         found, temporary = [stdin], stdin.path
     else:
         found, skipped = find(name, section.text_field)
-    if section.val:
-        val, _ = find(section.val, section.text_field)
+    if given is not None:
+        val = given
         same = {s.path.resolve() for s in val}
         found = [s for s in found if s.path.resolve() not in same]
         origin = "data.val"

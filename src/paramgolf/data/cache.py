@@ -14,8 +14,14 @@ _SMALL = 1 << 22  # bytes; hashing less is not worth remembering
 
 def cache_root() -> Path:
     """$PARAMGOLF_CACHE, else the user's cache folder."""
-    base = os.environ.get("PARAMGOLF_CACHE")
-    return Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "paramgolf"
+    if base := os.environ.get("PARAMGOLF_CACHE"):
+        return Path(base)
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base) / "paramgolf"
+    try:
+        return Path.home() / ".cache" / "paramgolf"
+    except RuntimeError:  # a container's user without a name
+        raise GolfError("there is no home folder to keep prepared data in; set PARAMGOLF_CACHE to a folder") from None
 
 
 def remembered_sha256(path: Path, cache: Path) -> str:
@@ -37,7 +43,7 @@ def remembered_sha256(path: Path, cache: Path) -> str:
 
 def _known(memory: Path) -> dict[str, str]:
     try:
-        known = json.loads(memory.read_text())
+        known = json.loads(memory.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return known if isinstance(known, dict) else {}
