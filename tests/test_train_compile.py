@@ -7,6 +7,8 @@ the test marked `full`.
 from __future__ import annotations
 
 import functools
+import getpass
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -152,6 +154,15 @@ def test_the_cache_folder_is_the_compilers_own() -> None:
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     assert str(compiling.cache_folder()) == cache_dir()
+
+
+def test_a_user_without_a_name_has_a_compile_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody() -> str:
+        raise KeyError("getpwuid(): uid not found: 1234")
+
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setattr(getpass, "getuser", nobody)
+    assert compiling.cache_folder().name == f"torchinductor_uid_{os.getuid()}"
 
 
 @pytest.mark.full

@@ -39,9 +39,13 @@ class CompilePlan:
 
 def cache_folder() -> Path:
     """Where torch's compiler keeps its results. Asking torch itself would import the compiler, which takes seconds."""
-    chosen = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-    user = re.sub(r'[\\/:*?"<>|]', "_", getpass.getuser())
-    return Path(chosen) if chosen else Path(tempfile.gettempdir()) / f"torchinductor_{user}"
+    if chosen := os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
+        return Path(chosen)
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container's user without a name
+        user = f"uid_{os.getuid()}"
+    return Path(tempfile.gettempdir()) / ("torchinductor_" + re.sub(r'[\\/:*?"<>|]', "_", user))
 
 
 def cache_state() -> str:
