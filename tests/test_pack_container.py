@@ -231,6 +231,10 @@ HUGE = 2**31
 HOSTILE: dict[str, dict[str, object] | bytes] = {
     "huge tensor": {"tensors": [["w", [HUGE], "float32"]]},
     "huge product": {"tensors": [["w", [HUGE, HUGE, HUGE, HUGE], "float32"]]},
+    "rows without columns": {
+        "tensors": [["w", [HUGE >> 4, 0], "int6"], ["kept", [24], "float16"]],
+        "stores": {"int6": [6, "float16", False]},
+    },
     "huge layers": {"tensors": [["blocks.#.w", [1], "float32", 0, 2**40]]},
     "many tensors": {"tensors": [[f"blocks.#.w{i}", [], "float32", 0, 4000] for i in range(40)]},
     "negative side": {"tensors": [["w", [-1], "float32"]]},

@@ -15,6 +15,7 @@ compact form. No time, path or host name: equal input gives equal bytes.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -147,7 +148,7 @@ def decode_artifact(data: bytes, where: str = "the artifact") -> Artifact:
     reader = _open(data, where)
     manifest = manifests.decode_manifest(reader)
     specs = manifests.parse_rows(manifest.get("tensors"), manifest.get("stores"))
-    elements = sum(spec.size for spec in specs)
+    elements = sum(max(spec.size, math.prod(spec.scale_shape)) for spec in specs)  # rows without columns have scales
     if elements > FREE_ELEMENTS + ELEMENTS_PER_BYTE * len(data):
         raise GolfError(f"{where}: promises {elements} weights in {len(data)} bytes; not a real artifact")
     extras = _extra_names(manifest, reader)
