@@ -54,6 +54,14 @@ def test_children_inherit_and_the_origin_is_known(tmp_path: Path) -> None:
         ("train.dtype=float8", ["train.dtype", "'float32' or 'bfloat16'"]),
         ("quant.qat=int5", ["quant.qat", "int5", "did you mean 'int"]),
         ("dim=3", ["section.key=value"]),
+        ("model.dim=9999999999", ["model.dim", "less than or equal to 1048576"]),
+        ("model.num_layers=1000000000", ["model.num_layers", "less than or equal to 4096"]),
+        ("model.loop_extra=1000000000", ["model.loop_extra"]),
+        ("train.threads=1000000000", ["train.threads"]),
+        ("train.seed=100000000000000000000", ["train.seed"]),
+        ("budget.steps=" + "9" * 400, ["budget.steps", "..."]),
+        ("budget.steps=" + "9" * 5000, ["budget.steps", "..."]),  # more digits than Python reads
+        ("model.dim=" + "[" * 5000, ["model.dim", "..."]),
         ("model.dim", ["section.key=value"]),
         ("stages.0.at=1", ["stages", "recipe file"]),
     ],
@@ -63,7 +71,7 @@ def test_a_mistake_is_named(override: str, words: list[str]) -> None:
         load_recipe("pr128", [override])
     message = str(caught.value)
     assert all(word in message for word in words), message
-    assert "\n" not in message
+    assert "\n" not in message and len(message) < 400
 
 
 def test_unknown_and_broken_recipes(tmp_path: Path) -> None:
@@ -79,6 +87,28 @@ def test_unknown_and_broken_recipes(tmp_path: Path) -> None:
     circle.write_text(f'extends = "{circle}"\n')
     with pytest.raises(GolfError, match="circle"):
         load_recipe(str(circle))
+    circle.write_text(f'extends = "../{tmp_path.name}/circle.toml"\n')
+    with pytest.raises(GolfError, match="circle"):
+        load_recipe(str(circle))
+    broken.write_text('extends = "a\\u0000/b"\n')
+    with pytest.raises(GolfError, match="cannot read recipe file"):
+        load_recipe(str(broken))
+    broken.write_text("a = " + "[" * 5000)
+    with pytest.raises(GolfError, match="not valid TOML"):
+        load_recipe(str(broken))
+    broken.write_text('extends = "pocket"\nname = "../elsewhere"\n')
+    with pytest.raises(GolfError, match="recipe key name"):
+        load_recipe(str(broken))
+
+
+def test_files_that_extend_files_are_found_beside_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "base.toml").write_text('extends = "pocket"\ntitle = "base"\n')
+    (tmp_path / "mine" / "child.toml").write_text('extends = "base.toml"\n')
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine/child.toml", str(tmp_path / "mine" / "child.toml")):
+        recipe = load_recipe(name)
+        assert (recipe.name, recipe.title) == ("child", "base")
 
 
 def test_an_official_command_line_becomes_overrides() -> None:
@@ -98,7 +128,13 @@ def test_derived_variables() -> None:
     assert recipe.quant.post_qat_frac == pytest.approx(0.1)
 
 
-@pytest.mark.parametrize("line", ["MLP_HIDEN=3 x", "no assignment", "A='open", "MLP_MULT=three"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "MLP_HIDEN=3 x", "no assignment", "A='open", "MLP_MULT=three", "MLP_MULT=inf",
+        "POST_QAT_SECONDS=30 MAX_WALLCLOCK_SECONDS=0",
+    ],
+)  # fmt: skip
 def test_command_lines_that_cannot_be_read(line: str) -> None:
     with pytest.raises(GolfError, match="--from-env"):
         from_command_line(line)

@@ -5,6 +5,7 @@ The public scripts are configured by environment variables; these are the ones w
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 from collections.abc import Callable, Mapping
@@ -69,9 +70,12 @@ def _flag(value: str) -> bool:
 
 def _number(name: str, value: str) -> float:
     try:
-        return float(value)
+        number = float(value)
     except ValueError:
-        raise GolfError(f"--from-env: {name}={value} is not a number") from None
+        number = math.nan
+    if not math.isfinite(number):
+        raise GolfError(f"--from-env: {name}={value} is not a number")
+    return number
 
 
 def _mlp_mult(value: str, pairs: Mapping[str, str]) -> str:
@@ -81,6 +85,8 @@ def _mlp_mult(value: str, pairs: Mapping[str, str]) -> str:
 
 def _post_qat_seconds(value: str, pairs: Mapping[str, str]) -> str:
     total = _number("MAX_WALLCLOCK_SECONDS", pairs.get("MAX_WALLCLOCK_SECONDS", "600"))
+    if total <= 0:
+        raise GolfError("--from-env: POST_QAT_SECONDS is a part of MAX_WALLCLOCK_SECONDS; give that too")
     return f"quant.post_qat_frac={_number('POST_QAT_SECONDS', value) / total}"
 
 

@@ -7,6 +7,7 @@ Recipes inherit (`extends = "baseline"`); every value remembers which file set i
 from __future__ import annotations
 
 import dataclasses
+import os
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
@@ -111,7 +112,7 @@ def parse_override(text: str) -> tuple[list[str], Any]:
         raise GolfError(f"override '{text}' is not of the form section.key=value, e.g. model.dim=256")
     try:
         value = tomllib.loads(f"value = {raw}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         value = raw.strip()
     return path, value
 
@@ -123,13 +124,15 @@ def _read_chain(name: str, seen: tuple[str, ...]) -> tuple[Table, dict[str, str]
     label, text = _read_text(name)
     try:
         own = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise GolfError(f"recipe {label} is not valid TOML: {error}; mend the file") from None
-    parent = own.get("extends", "")
+    parent = str(own.get("extends", ""))
     table: Table = {}
     origin: dict[str, str] = {}
     if parent:
-        table, origin = _read_chain(str(parent), (*seen, name))
+        if _is_path(parent) and _is_path(name):
+            parent = os.path.abspath(Path(name).parent / parent)
+        table, origin = _read_chain(parent, (*seen, name))
     own.setdefault("name", Path(label).stem)
     for path, value in _leaves(own):
         _set(table, list(path), value, f"{label}: {'.'.join(path)}")
@@ -137,13 +140,18 @@ def _read_chain(name: str, seen: tuple[str, ...]) -> tuple[Table, dict[str, str]
     return table, origin
 
 
+def _is_path(name: str) -> bool:
+    """Whether a recipe is named by its file; `extends` then names files beside it."""
+    return name.endswith(".toml") or "/" in name
+
+
 def _read_text(name: str) -> tuple[str, str]:
-    path = Path(name)
-    if name.endswith(".toml") or "/" in name:
+    if _is_path(name):
         try:
-            return path.name, path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise GolfError(f"cannot read recipe file {name}: {error}; give a name from `golf recipes`") from None
+            return Path(name).name, Path(name).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise GolfError(f"cannot read recipe file {name}: {reason}; give a name from `golf recipes`") from None
     if name not in recipe_names():
         raise GolfError(f"no recipe '{name}'{close_match(name, recipe_names())}")
     return f"{name}.toml", (resources.files("paramgolf") / "recipes" / f"{name}.toml").read_text(encoding="utf-8")
@@ -187,5 +195,9 @@ def _explain(error: ValidationError, origin: Mapping[str, str]) -> str:
     key = ".".join(str(part) for part in first["loc"])
     message = first["msg"][:1].lower() + first["msg"][1:]
     where = origin.get(key, "")
-    shown = f" = {first['input']!r}" if isinstance(first["input"], str | int | float | bool) else ""
-    return f"recipe key {key}{shown}: {message}" + (f" (set by {where})" if where else "")
+    shown = f" = {_short(repr(first['input']))}" if isinstance(first["input"], str | int | float | bool) else ""
+    return f"recipe key {key}{shown}: {message}" + (f" (set by {_short(where)})" if where else "")
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:77]}..."

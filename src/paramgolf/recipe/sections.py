@@ -14,8 +14,12 @@ from pydantic import ConfigDict, Field
 
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-Positive = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
+MOST = 2**53  # beyond it a whole number is no exact float, and no longer one in every reader of JSON
+Positive = Annotated[int, Field(ge=1, le=MOST)]
+Count = Annotated[int, Field(ge=0, le=MOST)]
+# Of a model. Bounded, because artifacts state them too, whoever made them.
+Width = Annotated[int, Field(ge=1, le=1 << 20)]
+Layers = Annotated[int, Field(ge=1, le=4096)]
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(ge=0, le=1e30)]  # of learning; its product with a stage's factor must be a float32
@@ -40,11 +44,11 @@ class DataSection:
 @dataclass(frozen=True, kw_only=True)
 class ModelSection:
     __pydantic_config__ = STRICT
-    dim: Positive = 512
-    num_layers: Positive = 9
-    num_heads: Positive = 8
-    num_kv_heads: Positive = 4
-    mlp_hidden: Positive = 1024
+    dim: Width = 512
+    num_layers: Layers = 9
+    num_heads: Width = 8
+    num_kv_heads: Width = 4
+    mlp_hidden: Width = 1024
     activation: str = "relu2"  # a name of model.ACTIVATIONS
     rope_base: Annotated[float, Field(gt=0)] = 10_000.0
     rope_dims: Count = 0  # rotated channels of a head, the first ones; 0 = all
@@ -61,10 +65,11 @@ class ModelSection:
     lane_merge: Literal["mean", "attn", "mlp"] = "mean"  # the lane, or their mean, that leaves the last layer
     norm_eps: Annotated[float, Field(gt=0)] = 1.1920929e-07
     ln_scale: bool = False  # branch inputs of layer l (from 0) times 1 / sqrt(l + 1)
-    embed_dim: Count = 0  # width of the token embedding and head, mapped to and from `dim` (#1394); 0 = dim
+    # width of the token embedding and head, mapped to and from `dim` (#1394); 0 = dim
+    embed_dim: Annotated[int, Field(ge=0, le=1 << 20)] = 0
     parallel_from: Annotated[int, Field(ge=-1)] = -1  # from this layer on both branches read one input; -1 = none
     loop_layers: tuple[int, ...] = ()  # (first, last) of the layers that run again (depth recurrence); () = none
-    loop_extra: Count = 0  # so many more times
+    loop_extra: Annotated[int, Field(ge=0, le=64)] = 0  # so many more times
     document_mask: bool = False  # a token sees nothing before the begin-of-document token of its own document
     parts: dict[str, dict[str, Any]] = field(default_factory=dict)  # optional components by registry name
 
@@ -122,7 +127,7 @@ class TrainSection:
     compile: Literal["auto", "on", "off"] = "auto"
     kernels: Literal["auto", "fused", "plain"] = "auto"  # fused = our CPU kernels (bfloat16, AVX-512) where they fit
     attention: str = "auto"  # a name of model.ATTENTION_BACKENDS
-    threads: Count = 0  # CPU threads; 0 = all
+    threads: Annotated[int, Field(ge=0, le=4096)] = 0  # CPU threads; 0 = all
     log_every: Positive = 10  # steps
     checkpoint_every: NonNegative = 300.0  # seconds between checkpoints; 0 = only on a signal and at the end
     checkpoint_every_steps: Count = 0  # steps between checkpoints; 0 = by seconds only
@@ -183,9 +188,8 @@ class QuantSection:
     lqer_tensors: Count = 0  # matrices, those of largest error, that get a low-rank correction; 0 = none
     lqer_rank: Positive = 4
     lqer_group: Positive = 64  # entries of the right factor that share a scale
-    qat: str = (
-        ""  # fake quantisation of linear weights in training: "export" (each tensor's own grid), a grid, or "" = none
-    )
+    # fake quantisation of linear weights in training: "export" (each tensor's own grid), a grid, or "" = none
+    qat: str = ""
     qat_start: Fraction = 0.0  # fraction of the budget at which QAT switches on
     post_qat: str = ""  # post-training QAT phase over all large matrices (PR 107): as `qat`; "" = none
     post_qat_frac: Fraction = 0.05  # fraction of the budget given to that phase
@@ -306,7 +310,7 @@ class Recipe:
     """One system, resolved: everything a run needs to know."""
 
     __pydantic_config__ = STRICT
-    name: str
+    name: Annotated[str, Field(pattern=r"^[^/\x00]+$")]  # run folders begin with it
     title: str = ""
     extends: str = ""
     data: DataSection = field(default_factory=DataSection)
