@@ -26,7 +26,7 @@ def examine() -> dict[str, Any]:
     for name, purpose in OPTIONAL.items():
         try:
             import_module(name)
-        except ImportError as error:
+        except Exception as error:  # a broken installation raises what it likes
             missing[name] = f"{purpose}; import says: {error}"
     compiler = shutil.which("g++") or shutil.which("clang++")
     facts["compiler"] = compiler or "none: training runs uncompiled"

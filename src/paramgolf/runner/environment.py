@@ -48,11 +48,11 @@ def sources_sha256(files: Mapping[str, bytes]) -> str:
     return sha256_bytes("\n".join(lines).encode())
 
 
-def archive_source(path: Path) -> None:
-    """Keep the code of a run beside it: a tar.xz file of the installed package, the same bytes for the same code."""
+def archive_source(path: Path, files: Mapping[str, bytes]) -> None:
+    """Keep the code of a run beside it: a tar.xz file of the package's files, the same bytes for the same code."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as archive:
-        for name, data in installed_source().items():
+        for name, data in files.items():
             member = tarfile.TarInfo(f"paramgolf/{name}")
             member.size = len(data)
             archive.addfile(member, io.BytesIO(data))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -71,13 +73,14 @@ class RunFolder:
     def locked(self) -> Iterator[None]:
         """Refuse a folder in which another process is at work; the lock goes with the process, however it ends."""
         path = self.root / ".lock"
-        try:
-            with path.open("w") as stream:
+        with path.open("w") as stream:
+            try:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                yield
-                path.unlink(missing_ok=True)
-        except BlockingIOError:
-            raise GolfError(f"{self.root}: another process is running in it; wait for it or stop it first") from None
+            except BlockingIOError:
+                who = "another process is running in it; wait for it or stop it first"
+                raise GolfError(f"{self.root}: {who}") from None
+            yield
+            path.unlink(missing_ok=True)
 
     def abandon(self) -> None:
         """Leave nothing of a run that ended before its first step."""
@@ -95,19 +98,23 @@ class RunFolder:
         if not self.record.is_file():
             return None
         try:
-            return json.loads(self.record.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            record = json.loads(self.record.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
             raise GolfError(f"{self.record} cannot be read: {error}; choose another --out") from None
+        if not isinstance(record, dict):
+            raise GolfError(f"{self.record} is no record of a run; choose another --out")
+        return record
 
 
-def default_root(recipe: Recipe) -> Path:
-    """`runs/<recipe>-<timestamp>`, never one that exists."""
+def new_root(recipe: Recipe) -> Path:
+    """Make `runs/<recipe>-<timestamp>`; of runs that begin in the same second each gets its own."""
     stem = Path("runs") / f"{recipe.name}-{datetime.now():%Y%m%d-%H%M%S}"
-    candidate, n = stem, 1
-    while candidate.exists():
-        n += 1
-        candidate = stem.with_name(f"{stem.name}-{n}")
-    return candidate
+    for n in itertools.count(1):
+        root = stem if n == 1 else stem.with_name(f"{stem.name}-{n}")
+        with contextlib.suppress(FileExistsError):
+            root.mkdir(parents=True)
+            break
+    return root
 
 
 def claim(out: Path | None, recipe: Recipe, *, resume: bool, note: Callable[[str], None]) -> dict[str, str]:
@@ -115,12 +122,13 @@ def claim(out: Path | None, recipe: Recipe, *, resume: bool, note: Callable[[str
 
     Without `out` a new folder is made, or with `resume` the newest unfinished one of the same recipe is taken.
     """
-    root = out or (_unfinished(recipe, note) if resume else None) or default_root(recipe)
-    return {"root": str(root), "train": _open(root, recipe, resume=resume).data.train}
+    toml = _encoded(recipe)
+    root = out or (_unfinished(recipe, note) if resume else None) or new_root(recipe)
+    return {"root": str(root), "train": _open(root, recipe, toml, resume=resume).data.train}
 
 
 def _unfinished(recipe: Recipe, note: Callable[[str], None]) -> Path | None:
-    for saved in sorted(Path("runs").glob(f"{recipe.name}-*/recipe.toml"), reverse=True):
+    for saved in sorted(Path("runs").glob(f"{glob.escape(recipe.name)}-*/recipe.toml"), reverse=True):
         with contextlib.suppress(GolfError):  # of an older version, say: not one to go on with
             if not RunFolder(saved.parent).record.is_file() and not _differences(load_recipe(str(saved)), recipe):
                 note(f"--resume without --out: going on with {saved.parent}")
@@ -128,8 +136,16 @@ def _unfinished(recipe: Recipe, note: Callable[[str], None]) -> Path | None:
     return None
 
 
-def _open(root: Path, recipe: Recipe, *, resume: bool) -> Recipe:
-    """Claim `root` for this recipe. A folder with another run in it is refused, one of the same run is resumed."""
+def _encoded(recipe: Recipe) -> bytes:
+    try:
+        return to_toml(recipe).encode()
+    except UnicodeEncodeError:
+        raise GolfError(f"{recipe.data.train!a} is no name in UTF-8, as a recipe file needs it; rename it") from None
+
+
+def _open(root: Path, recipe: Recipe, toml: bytes, *, resume: bool) -> Recipe:
+    """Claim `root` for this recipe, whose file is to be `toml`. A folder with another run in it is refused, one of the
+    same run is resumed."""
     if root.exists() and not root.is_dir():
         raise GolfError(f"--out {root} is a file; choose a folder")
     saved = root / "recipe.toml"
@@ -142,7 +158,7 @@ def _open(root: Path, recipe: Recipe, *, resume: bool) -> Recipe:
     if occupied and not resume:
         raise GolfError(f"--out {root} already holds a run; add --resume to go on with it, or choose another folder")
     if not occupied:
-        atomic_write(saved, to_toml(recipe).encode())
+        atomic_write(saved, toml)
         return recipe
     before = load_recipe(str(saved))
     changed = _differences(before, recipe)

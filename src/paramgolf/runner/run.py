@@ -35,7 +35,7 @@ from paramgolf.quant.hessian import collect, training_loss
 from paramgolf.quant.registry import QUANTIZERS
 from paramgolf.recipe.load import to_table
 from paramgolf.recipe.sections import NgramSection, Recipe
-from paramgolf.runner.environment import archive_source
+from paramgolf.runner.environment import archive_source, installed_source
 from paramgolf.runner.folder import RunFolder, claim
 from paramgolf.runner.machine import SpeedWatch
 from paramgolf.runner.phases import Phases
@@ -103,10 +103,11 @@ def _work(
 ) -> dict[str, Any] | None:
     """All phases, in order; the record on the main rank."""
     with clock.phase("data", outside=True):
+        source = installed_source() if dist.is_main else {}  # now: the files may change while the run goes on
         dataset = _dataset(recipe, dist)
         _on_main(dist, lambda: folder.same_data(dataset.passport))
         byte_table = _on_main(dist, lambda: _byte_table(dataset))
-    job = Job(recipe, folder, dataset, dist, clock, dataset.tokenizer.compact(), byte_table)
+    job = Job(recipe, folder, dataset, dist, clock, dataset.tokenizer.compact(), byte_table, source)
     with on_every_rank():
         check(recipe, job.vocab_size, len(job.tokenizer_bytes))
     trained = job.train(resume, track)
@@ -196,6 +197,7 @@ class Job:
     clock: Clock
     tokenizer_bytes: bytes
     byte_table: dict[str, Any] | None  # the tokenizer's against the validation documents
+    source: dict[str, bytes]  # the package's files as they were at the start; the main rank's
     forecasts: list[dict[str, float]] = field(default_factory=list)  # of the file's size, in training
     speed: SpeedWatch | None = None  # this machine's own history; the main rank's
 
@@ -320,13 +322,13 @@ class Job:
         """The record and the report, once everything else is on disk."""
         recipe, result = self.recipe, trained.result
         with self.clock.phase("peers", outside=True):
-            archive_source(self.folder.source)
+            archive_source(self.folder.source, self.source)
             text = self.dataset.val_text
             small = text is not None and text.stat().st_size <= PEER_TEXT_LIMIT
             peers = compress_peers(text) if text is not None and small else {}
         seconds = {"strict": self.clock.spent(), "challenge": self.clock.challenge(), "process": self.clock.strict()}
         record = {
-            **causes(recipe, self.folder),
+            **causes(recipe, self.folder, self.source),
             **results,
             "byte_table": self.byte_table,
             "val_loss_float": floats.val_loss,
