@@ -7,9 +7,13 @@ commands, so that `golf --help` and a misspelt key answer at once.
 
 from __future__ import annotations
 
+import io
 import os
+import signal
 import sys
+import threading
 from pathlib import Path
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -17,6 +21,7 @@ import typer
 from paramgolf import __version__, cli_text
 from paramgolf.cli_audit import app as audit_app
 from paramgolf.cli_data import app as data_app
+from paramgolf.cli_fit import app as fit_app
 from paramgolf.cli_lab import app as lab_app
 from paramgolf.cli_output import AsJson, emit
 from paramgolf.cli_pack import app as pack_app
@@ -33,6 +38,7 @@ app = typer.Typer(
 )
 app.add_typer(data_app, name="data")
 cli_text.register(app)
+app.add_typer(fit_app)
 app.add_typer(lab_app)
 app.add_typer(pack_app)
 app.add_typer(sweep_app)
@@ -44,14 +50,6 @@ FromEnv = Annotated[
     str, typer.Option("--from-env", help="An official command line, e.g. 'MLP_HIDDEN=1488 EVAL_STRIDE=64'.")
 ]
 Artifact = Annotated[Path, typer.Argument(help="A model.golf file, or the folder of the run that made it.")]
-
-
-def artifact_path(path: Path) -> Path:
-    """`model.golf` itself or the one inside a run folder."""
-    path = path / "model.golf" if path.is_dir() else path
-    if not path.is_file():
-        raise GolfError(f"no artifact at {path}; give a model.golf file or the folder of a finished run")
-    return path
 
 
 def _overrides(overrides: list[str] | None, from_env: str) -> list[str]:
@@ -141,7 +139,7 @@ def score_command(
     """Bits per byte of a text under an artifact: standard windows, and sliding ones."""
     import paramgolf
 
-    model = paramgolf.load(artifact_path(artifact))
+    model = paramgolf.load(cli_text.artifact_path(artifact))
     result = model.score_data(
         data, stride=stride, seq_len=seq_len, check_legality=check_legality, ttt=ttt, settings=settings or []
     )
@@ -171,7 +169,7 @@ def sample_command(
     """Continue a text with the model, as it is generated."""
     import paramgolf
 
-    model = paramgolf.load(artifact_path(artifact))
+    model = paramgolf.load(cli_text.artifact_path(artifact))
     pieces = model.stream(
         prompt, max_tokens=tokens, temperature=temperature, top_p=top_p, stop=list(stop or []), seed=seed
     )
@@ -192,7 +190,7 @@ def inspect_command(artifact: Artifact, as_json: AsJson = False) -> None:
 
     if artifact.is_file() and cli_text.is_compressed(artifact):
         return cli_text.inspect_text_file(artifact, as_json)
-    facts = artifact_facts(artifact_path(artifact))
+    facts = artifact_facts(cli_text.artifact_path(artifact))
     emit(facts, as_json, inspect_text(facts))
 
 
@@ -223,8 +221,26 @@ def golf(version: Annotated[bool, typer.Option("--version", help="Print the vers
         raise typer.Exit()
 
 
+class _Terminated(BaseException):
+    """SIGTERM. What is half-written is removed on the way out, as after Ctrl-C."""
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise _Terminated
+
+
+def _prepare_process() -> None:
+    """SIGTERM unwinds the command, and no character is beyond the terminal's encoding."""
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _terminate)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; every expected failure becomes one line and an exit code."""
+    _prepare_process()
     command = typer.main.get_command(app)
     try:
         code = command.main(args=arguments, prog_name="golf", standalone_mode=False)
@@ -232,17 +248,21 @@ def main(arguments: list[str] | None = None) -> int:
     except GolfError as error:
         said_elsewhere = error.shared and os.environ.get("RANK", "0") != "0"
         return error.exit_code if said_elsewhere else _fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        return _fail("interrupted", 130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left; nothing to say to it
+    except _Terminated:
+        return 128 + signal.SIGTERM
+    except SystemExit:  # how the command-line library ends when the reader of stdout left; nothing to say to it
         return 0
+    except typer.Abort:  # the library's word for an EOFError
+        return _fail("the input ended too early; check the file", 2)
+    except OSError as error:  # no permission, no space, a broken disk: not the program's fault
+        where = f"{error.filename}: " if error.filename is not None else ""
+        return _fail(f"{where}{error.strerror or error}; check the path, its permissions and free space", 2)
+    except MemoryError:
+        return _fail("not enough memory; use less data at a time, or a smaller model", 2)
     except Exception as error:
         if hasattr(error, "format_message"):  # a usage error of the command-line library
             hint = getattr(getattr(error, "ctx", None), "command_path", "golf")
             return _fail(f"{error.format_message().rstrip('.')}; see `{hint} --help`", 2)
-        if type(error).__name__ == "Abort":
-            return _fail("aborted", 130)
         raise
 
 

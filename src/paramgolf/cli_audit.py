@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from paramgolf.cli_output import AsJson
+from paramgolf.cli_output import AsJson, emit
 
 app = typer.Typer()
 
@@ -31,9 +30,7 @@ def audit_command(
 
     audits = [audit(path, execute=execute) for path in expand(paths)]
     violations = sum(result.violations for result in audits)
-    if as_json:
-        typer.echo(json.dumps({"violations": violations, "audits": [result.as_dict() for result in audits]}, indent=2))
-    else:
-        typer.echo(audit_text(audits))
+    found = {"violations": violations, "audits": [result.as_dict() for result in audits]}
+    emit(found, as_json, audit_text(audits))
     if violations:
         raise typer.Exit(1)

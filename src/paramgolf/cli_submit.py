@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from paramgolf.cli_output import AsJson
+from paramgolf.cli_output import AsJson, emit
 
 app = typer.Typer()
 
@@ -31,14 +30,14 @@ def submit_command(
 
     who = Author(author, github_id or author) if author else known_author()
     made = submit(runs, out, author=who, name=name, compress_code=compress_code)
-    if as_json:
-        typer.echo(json.dumps(made, indent=2))
-        return
     sizes = made["code_bytes"]
-    typer.echo(f"{made['folder']}: {', '.join(made['files'])}")
-    typer.echo(f"code: {sizes['plain']:,} bytes in {sizes['lines']:,} lines, compressed {sizes['compressed']:,} bytes")
-    typer.echo(f"total: {made['bytes_total']:,} bytes with {made['bytes_code']:,} of code; cap 16,000,000")
-    typer.echo(f"val_bpb {made['val_bpb']:.6f}, val_loss {made['val_loss']:.6f}, seeds {made['seeds']}")
+    lines = [
+        f"{made['folder']}: {', '.join(made['files'])}",
+        f"code: {sizes['plain']:,} bytes in {sizes['lines']:,} lines, compressed {sizes['compressed']:,} bytes",
+        f"total: {made['bytes_total']:,} bytes with {made['bytes_code']:,} of code; cap 16,000,000",
+        f"val_bpb {made['val_bpb']:.6f}, val_loss {made['val_loss']:.6f}, seeds {made['seeds']}",
+    ]
+    emit(made, as_json, "\n".join(lines))
 
 
 @app.command("script", epilog="Example: golf script pr114 -o train_gpt.py")

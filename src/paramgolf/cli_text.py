@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import sys
 from collections.abc import Callable
@@ -54,7 +53,7 @@ def compress_command(
     from paramgolf.text.blocks import TextModel
     from paramgolf.text.format import Content
 
-    text_model = TextModel(_model_path(model) if model else _newest())
+    text_model = TextModel(artifact_path(model) if model else _newest())
     text_model.header(Content.FILE, tolerance, stride)  # refused before any work
 
     def work(_: Path | None, reader: BinaryIO, writer: BinaryIO, progress: Callable[[int], None]) -> str:
@@ -108,7 +107,7 @@ def prove_command(
     as_json: AsJson = False,
 ) -> None:
     """Code documents with the model, decode them in another process, compare: the score as the size of a file."""
-    path = _model_path(artifact)
+    path = artifact_path(artifact)
     from paramgolf.runner.proof import proof_text, record_of, record_proof
     from paramgolf.text.prove import prove, ttt_section
 
@@ -183,7 +182,7 @@ def _convert(source: Path | None, target: Path | None, verb: str, work: Work) ->
     typer.echo(f"{label}: {said}" + (f" -> {target}" if target else ""), err=True)
 
 
-def _model_path(path: Path) -> Path:
+def artifact_path(path: Path) -> Path:
     """`model.golf` itself or the one inside a run folder."""
     path = path / "model.golf" if path.is_dir() else path
     if not path.is_file():
@@ -212,7 +211,7 @@ def _find_model(given: Path | None, source: Path | None, where: str) -> TextMode
     from paramgolf.text.format import StreamReader, read_header
 
     if given is not None:
-        return TextModel(_model_path(given), device="cpu")
+        return TextModel(artifact_path(given), device="cpu")
     models = _models()
     if source is not None:
         with source.open("rb") as stream:
@@ -242,10 +241,8 @@ def inspect_text_file(path: Path, as_json: bool) -> None:
 
     with path.open("rb") as stream:
         facts = describe(stream, str(path))
-    if as_json:
-        typer.echo(json.dumps(facts, indent=2))
-        return
-    frames = cast(dict[str, dict[str, Any]], facts.pop("frames"))
+    frames = cast(dict[str, dict[str, Any]], facts["frames"])
     rows = [(kind, *(f"{row[key]:,}" for key in ("frames", "raw_bytes", "bytes"))) for kind, row in frames.items()]
-    head = table_text([(key, f"{value:,}" if isinstance(value, int) else str(value)) for key, value in facts.items()])
-    typer.echo(head + "\n\n" + table_text(rows, header=("coded by", "frames", "raw bytes", "bytes")))
+    head = [(k, f"{v:,}" if isinstance(v, int) else str(v)) for k, v in facts.items() if k != "frames"]
+    coded = table_text(rows, header=("coded by", "frames", "raw bytes", "bytes"))
+    emit(facts, as_json, f"{table_text(head)}\n\n{coded}")

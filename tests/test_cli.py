@@ -1,0 +1,34 @@
+"""The command line around the commands: streams, signals, and failures that are nobody's bug."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.run_common import error_line, golf, golf_here
+
+GOLF = f"{sys.executable} -m paramgolf"
+
+
+def test_what_the_system_refuses_is_one_line(capfd: pytest.CaptureFixture[str]) -> None:
+    unreadable = Path("/proc/self/mem")  # for root, too
+    if not unreadable.is_file():
+        pytest.skip("no /proc here")
+    line = error_line(golf_here(capfd, "inspect", unreadable))
+    assert "Input/output error" in line and "check the path" in line
+
+
+def test_a_reader_that_left_before_the_first_line_is_no_error() -> None:
+    command = ["bash", "-o", "pipefail", "-c", f"{GOLF} recipes pocket | true"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_no_character_is_beyond_the_terminal(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text('extends = "pocket"\ntitle = "Žluť"\n', encoding="utf-8")
+    answer = golf("recipes", tmp_path / "mine.toml", env={**os.environ, "PYTHONIOENCODING": "latin-1"})
+    assert (answer.code, answer.err) == (0, "") and "\\u017dlu\\u0165" in answer.out
