@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -124,10 +125,26 @@ def test_killed_half_way(how: signal.Signals, artifact: Path, tmp_path: Path) ->
             process.wait(timeout=1)
     assert process.returncode
     assert not out.exists()
-    if how == signal.SIGINT:
+    if how != signal.SIGKILL:
+        assert process.returncode in (128 + how, -how)  # the latter if one came when it was as good as gone
         assert not list(tmp_path.iterdir()) and b"Traceback" not in process.stderr.read()
     process.stdin.close()
     process.stderr.close()
+
+
+def test_a_killed_command_takes_its_workers_along(artifact: Path, tmp_path: Path) -> None:
+    (tmp_path / "note").write_bytes(TEXT * (1 + (1 << 25) // len(TEXT)))
+    command = [sys.executable, "-m", "paramgolf", "compress", "-m", artifact, "--workers", "2", tmp_path / "note"]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL, env=one_thread()) as process:
+        workers: list[psutil.Process] = []
+        deadline = time.monotonic() + 60
+        while len(workers) < 2 and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+            children = psutil.Process(process.pid).children()
+            workers = [child for child in children if any("spawn_main" in word for word in child.cmdline())]
+        process.kill()
+    assert len(workers) == 2
+    assert not psutil.wait_procs(workers, timeout=30)[1]
 
 
 def test_refusals_before_any_work(artifact: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,8 @@ import contextlib
 import hashlib
 import multiprocessing
 import os
+import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
@@ -32,10 +34,20 @@ _worker: TextModel | None = None
 
 def _start_worker(path: Path, sha256: str) -> None:
     global _worker
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a word; the parent speaks
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     _worker = TextModel(path, device="cpu")
     if _worker.sha256 != sha256:
         raise GolfError(f"{path} changed while it was in use")
+
+
+def _end_with_parent() -> None:
+    """A killed parent would leave its workers waiting for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _in_worker(job: Job, header: Header) -> Job:
@@ -75,9 +87,17 @@ class Crew:
                 yield self._result(*waiting.popleft())
         except BrokenProcessPool as error:
             raise GolfError("a worker process ended early, for want of memory perhaps; use --workers 1") from error
+        except BaseException:
+            self._drop()
+            raise
         finally:
             if self._pool is not None:
                 self._pool.shutdown(cancel_futures=True)
+
+    def _drop(self) -> None:
+        """End the processes: nobody waits for what they are at."""
+        for process in list(self._pool._processes.values()) if self._pool is not None else ():
+            process.terminate()
 
     def _submit(
         self, job: Job, waiting: deque[tuple[Job, concurrent.futures.Future[Job] | None]]
