@@ -17,7 +17,7 @@ from paramgolf.model.gpt import GPT
 from paramgolf.quant.grid import Grid
 from paramgolf.recipe.sections import GridSection
 from paramgolf.train.assemble import hold_out
-from paramgolf.train.callbacks import JsonLines, PlainProgress, StepInfo
+from paramgolf.train.callbacks import JsonLines, PlainProgress, StepInfo, last_strict
 from paramgolf.train.clock import Clock
 from paramgolf.train.qat import GridPoint, QatSwitch, weight_grids
 from paramgolf.train.runtime import restore_rng, rng_state, seed_all
@@ -240,11 +240,13 @@ def test_the_log_is_cut_where_a_run_resumes(tmp_path: Path) -> None:
     path = tmp_path / "train.jsonl"
     log = JsonLines(path, every=2)
     for step in range(1, 8):
-        log.on_step(StepInfo(step, 1.0, 1.0, 0.9, step, 0.1 * step), 0.5, torch.nn.Identity())
+        log.on_step(StepInfo(step, 1.0, 1.0, 0.9, step, 0.1 * step, strict=9.0 + step), 0.5, torch.nn.Identity())
     log.close()
     assert [row["step"] for row in rows(tmp_path)] == [1, 2, 4, 6]
     path.write_text(path.read_text() + '{"step": 8, "lo')  # torn by a kill
     again = JsonLines(path, every=2, resumed_step=5)
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2, 4]
+    assert last_strict(path) == 15.0  # killed now, the time of step 6 is still spent
     again.on_step(StepInfo(6, 2.0, 1.0, 0.9, 6, 0.6), 0.5, torch.nn.Identity())
     again.close()
     assert [(row["step"], row["loss"]) for row in rows(tmp_path)] == [(1, 1.0), (2, 1.0), (4, 1.0), (6, 2.0)]
@@ -258,3 +260,18 @@ def test_plain_progress_says_what_matters(capsys: pytest.CaptureFixture[str]) ->
     lines = captured.err.splitlines()
     assert captured.out == "" and len(lines) == 3
     assert lines[-1] == "step 4  loss 2.5000  40 %  1,000 tok/s  0:06 left"
+
+
+def test_the_size_is_forecast_when_half_of_the_budget_is_gone(capsys: pytest.CaptureFixture[str]) -> None:
+    asked: list[float] = []
+
+    def forecast(_: torch.nn.Module) -> str:
+        asked.append(fraction)
+        return "1,000 bytes"
+
+    progress, model = PlainProgress(every=1, forecast=forecast), torch.nn.Module()
+    for step, fraction in enumerate([0.1, 0.49, 0.5, 0.51, 0.9], start=1):
+        progress.on_step(StepInfo(step, 2.0, 1.0, 0.9, step, float(step)), fraction, model)
+    assert asked == [0.5]
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.endswith("1,000 bytes") for line in lines] == [False, False, True, True, True]

@@ -70,10 +70,13 @@ class JsonLines(Callback):
     def __init__(self, path: Path, every: int, resumed_step: int = 0) -> None:
         """Cut the file after `resumed_step` (0 = start afresh) and open it for appending.
 
-        Raises GolfError when it cannot be written.
+        The last line left gets the strict clock of those cut off: what they took is lost, but spent, also when this
+        run is killed before its first line. Raises GolfError when it cannot be written.
         """
-        kept = [line for line, row in _rows(path) if row["step"] <= resumed_step] if resumed_step else []
-        atomic_write(path, "".join(kept).encode())
+        kept = [row for row in _rows(path) if row["step"] <= resumed_step]
+        if kept:
+            kept[-1]["strict"] = last_strict(path)
+        atomic_write(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
         self._path = path
         self._stream: IO[str] = path.open("a", encoding="utf-8")
         self._every = every
@@ -90,8 +93,8 @@ class JsonLines(Callback):
         self._stream.close()
 
 
-def _rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """The whole lines of a train.jsonl with their objects; a torn last line is dropped."""
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """The objects in the whole lines of a train.jsonl; a torn last line is dropped."""
     if not path.exists():
         return []
     rows = []
@@ -102,13 +105,13 @@ def _rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
             break
         if not line.endswith("\n") or not isinstance(row, dict) or "step" not in row:
             break
-        rows.append((line, row))
+        rows.append(row)
     return rows
 
 
 def last_strict(path: Path) -> float:
     """The strict clock at the last line of a train.jsonl; 0 without one."""
-    return max((float(row.get("strict", 0.0)) for _, row in _rows(path)), default=0.0)
+    return max((float(row.get("strict", 0.0)) for row in _rows(path)), default=0.0)
 
 
 class _Speed:
@@ -137,16 +140,18 @@ def _duration(seconds: float) -> str:
 
 
 class _Forecaster:
-    """Asks for the artifact forecast now and then, and never lets it take more than 1 % of the time."""
+    """Asks for the artifact forecast half-way and now and then, and never lets it take more than 1 % of the time."""
 
     def __init__(self, forecast: Forecast | None) -> None:
         self._forecast = forecast
         self._next = time.monotonic() + 10.0
+        self._half = False  # from there on the forecast is one to rely on
         self.text = ""
 
-    def update(self, model: nn.Module) -> None:
-        now = time.monotonic()
-        if self._forecast is None or now < self._next:
+    def update(self, fraction: float, model: nn.Module) -> None:
+        now, before = time.monotonic(), self._half
+        self._half = fraction >= 0.5
+        if self._forecast is None or (now < self._next and self._half == before):
             return
         self.text = self._forecast(model)
         cost = time.monotonic() - now
@@ -168,7 +173,7 @@ class PlainProgress(Callback):
     def on_step(self, info: StepInfo, fraction: float, model: nn.Module) -> None:
         self._speed.update(info, fraction)
         if info.step == 1 or info.step % self._every == 0:
-            self._forecaster.update(model)
+            self._forecaster.update(fraction, model)
             parts = [f"step {info.step}", f"loss {info.loss:.4f}", f"{100 * fraction:.0f} %", self._speed.text()]
             self.note("  ".join(part for part in [*parts, self._forecaster.text] if part))
 
@@ -200,7 +205,7 @@ class LiveProgress(Callback):
     def on_step(self, info: StepInfo, fraction: float, model: nn.Module) -> None:
         self._progress.start()
         self._speed.update(info, fraction)
-        self._forecaster.update(model)
+        self._forecaster.update(fraction, model)
         parts = [f"step {info.step}", f"loss {info.loss:.4f}", self._speed.text(), self._forecaster.text]
         self._last = "  ".join(part for part in parts if part)
         self._progress.update(self._task, completed=fraction, words=self._last)
