@@ -77,6 +77,9 @@ def _check_grids(recipe: Recipe) -> None:
     for key, grid in (("qat", recipe.quant.qat), ("post_qat", recipe.quant.post_qat)):
         if grid not in ("", "export", *grids):
             raise GolfError(f"quant.{key}: unknown grid '{grid}'{close_match(grid, [*grids, 'export'])}")
+    coarse = recipe.quant.coarse_grid
+    if (coarse or recipe.quant.coarse_fraction) and coarse not in grids:
+        raise GolfError(f"quant.coarse_grid: unknown grid '{coarse}'{close_match(coarse, grids)}")
 
 
 def _check_levels(recipe: Recipe) -> None:

@@ -31,6 +31,7 @@ from paramgolf.pack.forecast import forecast, plan_bytes
 from paramgolf.pack.ledger import Ledger
 from paramgolf.pack.packer import load_model, pack_model
 from paramgolf.pack.registry import CODECS
+from paramgolf.quant import awq
 from paramgolf.quant.hessian import collect, training_loss
 from paramgolf.quant.registry import QUANTIZERS
 from paramgolf.recipe.load import to_table
@@ -43,6 +44,7 @@ from paramgolf.runner.record import causes, write_record
 from paramgolf.runner.report import write_report
 from paramgolf.runner.reserve import calibrates, packing_seconds
 from paramgolf.score.scorer import Score, score
+from paramgolf.score.ttt.adapt import check_ttt
 from paramgolf.score.ttt.scorer import score_adapted
 from paramgolf.text.peers import PEER_TEXT_LIMIT, compress_peers
 from paramgolf.train.callbacks import Callback, progress
@@ -158,6 +160,9 @@ def check(recipe: Recipe, vocab_size: int = 0, tokenizer_bytes: int = 0) -> None
     if not (recipe.budget.seconds or recipe.budget.steps or recipe.budget.tokens):
         raise GolfError("nothing ends the training: set budget.seconds, budget.steps or budget.tokens")
     check_switches(recipe)
+    check_ttt(recipe.ttt, recipe.score.seq_len or recipe.train.seq_len)
+    if recipe.quant.awq_columns:
+        awq.check(recipe.quant.method)
     vocab_size = vocab_size or recipe.data.vocab_size
     plan = plan_bytes(recipe, vocab_size, tokenizer_bytes=tokenizer_bytes or 2 * vocab_size)
     if not plan.fits:

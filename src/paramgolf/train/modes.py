@@ -8,6 +8,7 @@ from paramgolf.errors import GolfError
 from paramgolf.model.gpt import GPT
 from paramgolf.optim.schedule import loop_passes
 from paramgolf.recipe.sections import Recipe
+from paramgolf.train.budget import all_shapes
 from paramgolf.train.qat import QatSwitch
 
 
@@ -32,6 +33,13 @@ def check_switches(recipe: Recipe) -> None:
             f"schedule.loop_at={list(at)} must be one fraction, or one for each of model.loop_extra={extra} passes "
             "in rising order"
         )
+    for shape in all_shapes(recipe):  # of later stages too, which the loader meets in the middle of the run
+        if shape.batch_tokens % shape.seq_len:
+            fits = max(1, shape.batch_tokens // shape.seq_len) * shape.seq_len
+            raise GolfError(
+                f"a step of {shape.batch_tokens} tokens is no whole number of rows of {shape.seq_len}: change seq_len "
+                f"or batch_tokens ({fits} fits) of train or of that stage"
+            )
 
 
 class ModeSwitch:
