@@ -53,13 +53,13 @@ def tiny(**changes: dict[str, Any]) -> Recipe:
     return from_table(table)
 
 
-def make_dataset(folder: Path) -> Dataset:
-    """A prepared dataset of some 60 kB of made-up, learnable text."""
+def make_dataset(folder: Path, between: str = "\n\n") -> Dataset:
+    """A prepared dataset of some 60 kB of made-up, learnable text: one document, or 300 with SEPARATOR `between`."""
     generator = np.random.default_rng(7)
     words = [bytes(generator.integers(97, 123, int(n)).astype(np.uint8)).decode() for n in generator.integers(2, 7, 60)]
     picks = generator.zipf(1.4, 15_000) % len(words)
     text = folder / "text.txt"
-    text.write_text("\n\n".join(" ".join(words[i] for i in row) for row in picks.reshape(-1, 50)))
+    text.write_text(between.join(" ".join(words[i] for i in row) for row in picks.reshape(-1, 50)))
     return prepare(
         DataSection(train=str(text), vocab_size=VOCAB, val_max_bytes=2000), cache=folder / "cache", workers=1
     )
