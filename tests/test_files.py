@@ -35,6 +35,8 @@ def test_a_rename_replaces_no_folder_pipe_or_device(tmp_path: Path) -> None:
 def test_the_longest_names(tmp_path: Path, name: str) -> None:
     atomic_write(tmp_path / name, b"one")
     assert (tmp_path / name).read_bytes() == b"one"
+    with pytest.raises(GolfError, match="File name too long"):
+        atomic_write(tmp_path / f"{name}xx", b"one")
 
 
 def test_a_tilde_that_is_no_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

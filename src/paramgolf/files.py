@@ -30,10 +30,10 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     rename would replace /dev/null itself.
     """
     target = Path(path)
-    if target.exists() and not target.is_file():
-        raise GolfError(f"cannot write {target}: it is no plain file; choose another place")
     temporary: Path | None = None
     try:
+        if target.exists() and not target.is_file():
+            raise GolfError(f"cannot write {target}: it is no plain file; choose another place")
         target.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{target.name[:_LONGEST]}.", suffix=".tmp", dir=target.parent)
         os.close(handle)
