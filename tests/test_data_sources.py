@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paramgolf.data import builtin, sources, split
-from paramgolf.data.sources import Source, find, kind_of, spool_stdin
+from paramgolf.data.sources import Source, find, is_validation, kind_of, spool_stdin
 from paramgolf.errors import GolfError
 
 
@@ -192,6 +192,12 @@ def test_kinds_by_name() -> None:
     kinds = {"a.TXT": "text", "a.txt.gz": "text", "a.jsonl.zst": "jsonl", "a.ndjson": "jsonl", "a.parquet": "parquet"}
     assert {name: kind_of(Path(name)) for name in kinds} == kinds
     assert [kind_of(Path(name)) for name in ("a", "a.md", "a.tar.xz", ".gz")] == [None] * 4
+
+
+def test_validation_is_a_word_in_a_name() -> None:
+    yes = ["val.txt", "webtext_val.txt.gz", "fineweb-VAL-000.jsonl", "my.validation.txt", "valid2.txt"]
+    no = ["interval.txt", "values.jsonl", "carnival.txt", "evaluation.txt", "trainval.txt", "a.txt", "éval.txt"]
+    assert [name for name in yes + no if is_validation(Source(Path("val", name), "text"))] == yes
 
 
 def test_unreadable_file(tmp_path: Path) -> None:

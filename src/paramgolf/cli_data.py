@@ -29,7 +29,9 @@ def prepare_command(
     ] = "",
     vocab_size: Annotated[int, typer.Option(min=260, max=65535, help="Pieces of the tokenizer.")] = 1024,
     tokenizer: Annotated[str, typer.Option(help="Use this SentencePiece .model unchanged.")] = "",
-    val: Annotated[str, typer.Option(help="Validation text. Default: files named *val*, else a split.")] = "",
+    val: Annotated[
+        str, typer.Option(help="Validation text. Default: files named val or validation (as a word), else a split.")
+    ] = "",
     out: Annotated[Path | None, typer.Option(help="Folder for the result. Default: the cache.")] = None,
     field: Field = "text",
     split_digits: Annotated[bool, typer.Option(help="Every digit is a token of its own.")] = True,
@@ -37,7 +39,9 @@ def prepare_command(
         bool, typer.Option("--caseops", help="Capitals as operators before lower-case letters.")
     ] = False,
     val_max_bytes: Annotated[int, typer.Option(min=1, help="Most text a split of ours holds back.")] = 300_000,
-    workers: Annotated[int, typer.Option(min=0, help="Tokenising processes; 0 = one for each processor.")] = 0,
+    workers: Annotated[
+        int, typer.Option(min=0, max=1024, help="Tokenising processes; 0 = one for each processor.")
+    ] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Turn text into a tokenizer and shards; the same content and settings are prepared once."""

@@ -17,6 +17,7 @@ import io
 import json
 import lzma
 import mmap
+import re
 import shutil
 import sys
 import tempfile
@@ -33,6 +34,7 @@ from paramgolf.files import user_path
 SEPARATOR = b"\x1e\n"
 COMPRESSED = {".gz", ".xz", ".zst", ".bz2", ".lzma"}
 KINDS = {".txt": "text", ".text": "text", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
+_VALIDATION = re.compile(r"(?<![^\W\d_])val(id|idation)?(?![^\W\d_])")  # no letter before or after
 _BLOCK = 1 << 20
 _LONGEST_LINE = 1 << 26  # of standard input that is looked at to tell JSONL from text
 _LARGE = 1 << 23  # documents above this size stay in the memory map instead of being copied
@@ -96,8 +98,8 @@ def kind_of(path: Path) -> str | None:
 
 
 def is_validation(source: Source) -> bool:
-    """Whether the file name marks validation text (`*val*`)."""
-    return "val" in source.path.name.lower()
+    """Whether the file name says validation: `val`, `valid` or `validation` as a word, not as in `interval`."""
+    return _VALIDATION.search(source.path.name.lower()) is not None
 
 
 def find(source: str | Path, field: str = "text") -> tuple[list[Source], list[str]]:
