@@ -221,7 +221,8 @@ def _on_grids(
 def _really_coded(state: Mapping[str, Tensor], recipe: Recipe) -> dict[str, int]:
     """Bytes of the parts of a file with these tensors after plain rounding."""
     codec = "rans" if recipe.pack.codec == "auto" else recipe.pack.codec
-    tensors = export(state, replace(recipe.quant, method="rtn", coarse_fraction=0.0), recipe.model.num_layers)
+    section = replace(recipe.quant, method="rtn", coarse_fraction=0.0, awq_columns=0)  # without Hessians
+    tensors = export(state, section, recipe.model.num_layers)
     return encode_artifact(Artifact({}, tensors), codec, recipe.pack.level).parts
 
 
