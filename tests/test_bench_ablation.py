@@ -137,4 +137,5 @@ def test_unknown_components_and_pages_without_marks_are_refused() -> None:
 
 def test_the_page_shows_what_the_files_say() -> None:
     page = PAGE.read_text(encoding="utf-8")
-    assert page == with_tables(page, tables(SERIES, Results(RESULTS)))
+    made = with_tables(page, tables(SERIES, Results(RESULTS)))
+    assert page == made, "python -m bench.ablation --table --page docs/techniques.md writes it anew"
