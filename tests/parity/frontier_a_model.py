@@ -115,9 +115,9 @@ def check_trace(model: GPT, z: Any, prefix: str, x: Tensor) -> list[Check]:
         seen.append(out)
         return out
 
-    model._run_block, model._run_lanes = one, two
+    model._compiled = {"block": one, "lanes": two}
     model(x)
-    model._run_block, model._run_lanes = run_block, run_lanes
+    model._compiled = {}
     pos, trace = z[f"{prefix}/trace/pos"], f"{prefix}/trace"
     x0 = model.embed(Flow(x, documents=model.section.document_mask))
     checks = [

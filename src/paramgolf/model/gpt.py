@@ -78,10 +78,8 @@ class GPT(nn.Module):
         self.attention: AttentionChoice | None = None
         self._attention_key: tuple[Any, ...] = ()
         self._rope: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
-        self._run_block: Callable[..., Tensor] = run_block
-        self._run_lanes: Callable[..., tuple[Tensor, Tensor]] = run_lanes
+        self._compiled: dict[str, Callable[..., Any]] = {}  # what `compile_regions` has made
         self._native: NativeRunner | None = None
-        self._chunk_fn = nll_and_slope
 
     def _add_parts(self) -> tuple[str, ...]:
         """Build the parts of the recipe and give each layer its share; their attribute names in order."""
@@ -152,9 +150,9 @@ class GPT(nn.Module):
         """
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         how: dict[str, Any] = {"dynamic": False, "fullgraph": True, "mode": mode, "backend": backend}
-        self._run_block = torch.compile(run_block, **how)
-        self._run_lanes = torch.compile(run_lanes, **how)
-        self._chunk_fn = torch.compile(nll_and_slope, **how)
+        self._compiled = {"block": torch.compile(run_block, **how), "loss": torch.compile(nll_and_slope, **how)}
+        if self.lanes is not None:
+            self._compiled["lanes"] = torch.compile(run_lanes, **how)
 
     def use_native(self, seq_len: int) -> str:
         """Run layers and loss by the fused CPU kernels (see native/) on rows of a multiple of `seq_len` tokens.
@@ -172,12 +170,11 @@ class GPT(nn.Module):
     @contextmanager
     def eager(self) -> Iterator[None]:
         """Inside, nothing compiled runs (for shapes that come once)."""
-        kept = self._run_block, self._run_lanes, self._chunk_fn
-        self._run_block, self._run_lanes, self._chunk_fn = run_block, run_lanes, nll_and_slope
+        kept, self._compiled = self._compiled, {}
         try:
             yield
         finally:
-            self._run_block, self._run_lanes, self._chunk_fn = kept
+            self._compiled = kept
 
     # -- computation -------------------------------------------------------------------------------------------
 
@@ -203,7 +200,8 @@ class GPT(nn.Module):
             if native is not None:
                 total = native.total_loss(h_ND, w_VD, targets_N)
             else:
-                total = FusedLoss.apply(h_ND, w_VD, targets_N, cap, self._chunk_fn)
+                chunk_fn = self._compiled.get("loss", nll_and_slope)
+                total = FusedLoss.apply(h_ND, w_VD, targets_N, cap, chunk_fn)
         else:
             total = chunked_nll(h_ND, w_VD, targets_N, cap).sum()
         return total if reduction == "sum" else total / (targets_N >= 0).sum().clamp_min(1)
@@ -293,7 +291,7 @@ class GPT(nn.Module):
             if self.lanes is not None and second is not None:
                 x, second = self._two_lanes(position, index, (x, second), x0, rope, flow)
             elif flow.cache is None:
-                x = self._run_block(block, x, x0, rope, flow.extras)
+                x = self._compiled.get("block", run_block)(block, x, x0, rope, flow.extras)
             else:
                 x = run_block(block, x, x0, rope, flow.extras, flow.cache.layer(position))
             if position < order.encoder and self.skip_weights is not None:
@@ -312,7 +310,7 @@ class GPT(nn.Module):
         assert self.lanes is not None
         block, weights = self.layers[index], (self.lanes.resid[index], self.lanes.post[index])
         if flow.cache is None:
-            return self._run_lanes(block, *lanes, x0, rope, flow.extras, *weights)
+            return self._compiled.get("lanes", run_lanes)(block, *lanes, x0, rope, flow.extras, *weights)
         return run_lanes(block, *lanes, x0, rope, flow.extras, *weights, flow.cache.layer(position))
 
     def join_skip(self, x_BTD: Tensor, skip_BTD: Tensor, join: int) -> Tensor:
@@ -341,8 +339,10 @@ class GPT(nn.Module):
                 self._rope.pop(next(iter(self._rope)))
             cos, sin = rope_tables(made_for, self.rope_dims, base)
             self._rope[key] = (cos.to(ids_BT.device), sin.to(ids_BT.device))
+        if cache is None:
+            return self._rope[key]
         cos, sin = self._rope[key]
-        return (cos, sin) if cache is None else (cos[start : start + length], sin[start : start + length])
+        return cos[start : start + length], sin[start : start + length]
 
 
 def run_block(block: Block, *inputs: Any) -> Tensor:

@@ -22,7 +22,8 @@ def _dictionary_size(size: int) -> int:
     return min(max(1 << max(size - 1, 0).bit_length(), 1 << 12), _MAX_DICTIONARY)
 
 
-def _lzma_filters(coder: int, level: int, size: int) -> list[dict[str, int]]:
+def lzma_filters(coder: int, level: int, size: int) -> list[dict[str, int]]:
+    """The filter chain of an LZMA coder for `size` bytes: no header says it."""
     literal = {"lc": 0, "lp": 0, "pb": 0} if coder == LZMA_BINARY else {"lc": 3, "lp": 0, "pb": 2}
     preset = level | lzma.PRESET_EXTREME
     return [{"id": lzma.FILTER_LZMA1, "preset": preset, "dict_size": _dictionary_size(size), **literal}]
@@ -38,7 +39,7 @@ def compress(data: bytes, coder: int, level: int = -1) -> bytes:
         packer = zlib.compressobj(level, zlib.DEFLATED, -15, 9)
         return packer.compress(data) + packer.flush()
     if coder in (LZMA, LZMA_BINARY):
-        return lzma.compress(data, lzma.FORMAT_RAW, filters=_lzma_filters(coder, level, len(data)))
+        return lzma.compress(data, lzma.FORMAT_RAW, filters=lzma_filters(coder, level, len(data)))
     if coder == ZSTD:
         return _compress_zstd(data, level)
     if coder == BROTLI:
@@ -99,7 +100,7 @@ def _expand(data: bytes, coder: int, size: int) -> bytes:
         _require(inflater.eof and not inflater.unused_data)
         return out
     if coder in (LZMA, LZMA_BINARY):
-        reader = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=_lzma_filters(coder, 9, size))
+        reader = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=lzma_filters(coder, 9, size))
         out = reader.decompress(data, size + 1)
         if not reader.eof and len(out) == size:  # the end marker is only read when more output is asked for
             out += reader.decompress(b"", 1)

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from paramgolf.script.infer import EXTERNAL, MODULE, Frame, Kind
+from paramgolf.script.nodes import FunctionNode, Scope, locals_of
 from paramgolf.script.reach import Reach
-from paramgolf.script.source import FunctionNode, Import, Scope, Symbol, bound_names, locals_of
+from paramgolf.script.source import Import, Symbol, bound_names
 from paramgolf.script.values import UNKNOWN, Facts, Values
 
 Key = tuple[Symbol, str]  # a function (with "") or a class and its method
 _SIMPLE = (type(None), bool, int, float, str, tuple)
+
+
+class Called(NamedTuple):
+    """A call in the unit of `home`, and every kept function that it may mean."""
+
+    call: ast.Call
+    frame: Frame
+    home: Symbol
+    keys: list[Key]
 
 
 class Constants:
@@ -22,35 +32,39 @@ class Constants:
         self.reach, self.facts, self.package, self.types = reach, facts, reach.package, reach.types
         self._values: dict[str, Values] = {}
         self.calls: dict[Key, list[tuple[ast.Call, Frame]]] = {}
+        self.sites: list[Called] = []
         self.escaped: set[Key] = set()
         self.read: set[str] = set()  # attributes that are read anywhere
         self.replaced: set[str] = set()  # fields given to dataclasses.replace
-        self._stores: dict[tuple[Symbol | None, str], list[Any]] = {}
-        for statement, frame in self._parts():
+        self.stores: dict[tuple[Symbol | None, str], list[Any]] = {}
+        for home, statement, frame in self._parts():
+            self._home = home
             self._look(statement, frame, called=False)
         for symbol in reach.kept:
             for target in (reach.chosen(symbol) or {}).values():
                 self._escape_all(target)
 
-    def _parts(self) -> Iterator[tuple[ast.AST, Frame]]:
+    def _parts(self) -> Iterator[tuple[Symbol, ast.AST, Frame]]:
         for symbol, methods in self.reach.kept.items():
             if self.reach.chosen(symbol) is not None:
                 continue
             statement = self.reach.units.node(symbol)
             frame = Frame(symbol.module)
             if not isinstance(statement, ast.ClassDef):
-                yield statement, frame
+                yield symbol, statement, frame
                 continue
             inner = Frame(symbol.module, symbol, statement, frame)
             for part in statement.body:
                 if not isinstance(part, FunctionNode) or part.name in methods:
-                    yield part, inner
+                    yield symbol, part, inner
 
     # -- collecting --------------------------------------------------------------------------------------------
 
     def _look(self, node: ast.AST, frame: Frame, called: bool) -> None:
         if isinstance(node, ast.Call):
-            for key in self._callees(node, frame):
+            keys = self._callees(node, frame)
+            self.sites.append(Called(node, frame, self._home, keys))
+            for key in keys:
                 self.calls.setdefault(key, []).append((node, frame))
             if ast.unparse(node.func).split(".")[-1] == "replace":
                 self.replaced |= {keyword.arg for keyword in node.keywords if keyword.arg}
@@ -76,7 +90,7 @@ class Constants:
         elif isinstance(node.ctx, ast.Store):
             base = self.types.infer(node.value, frame)
             if base != EXTERNAL:
-                self._stores.setdefault((_owner(base), node.attr), [])
+                self.stores.setdefault((_owner(base), node.attr), [])
 
     def _look_at_stores(self, node: ast.Assign | ast.AnnAssign | ast.AugAssign, frame: Frame) -> None:
         pairs: list[tuple[ast.expr, ast.expr | None]] = []
@@ -93,7 +107,7 @@ class Constants:
                 base = self.types.infer(target.value, frame)
                 if base != EXTERNAL:
                     held = self._value(value, frame) if value is not None else UNKNOWN
-                    self._stores.setdefault((_owner(base), target.attr), []).append(held)
+                    self.stores.setdefault((_owner(base), target.attr), []).append(held)
 
     def _callees(self, node: ast.Call, frame: Frame) -> list[Key]:
         if isinstance(node.func, ast.Name) and node.func.id == "cls" and frame.owner is not None:
@@ -144,12 +158,12 @@ class Constants:
 
     def attributes(self) -> dict[tuple[str, str], Any]:
         """(class, attribute) -> the constant that every assignment stores."""
-        unknown = {name for owner, name in self._stores if owner is None}
+        unknown = {name for owner, name in self.stores if owner is None}
         learned: dict[tuple[str, str], Any] = {}
-        for (owner, name), values in self._stores.items():
+        for (owner, name), values in self.stores.items():
             if owner is None or name in unknown or self._is_field(owner, name):
                 continue
-            if any(n == name and o != owner and self._related(o, owner) for o, n in self._stores if o is not None):
+            if any(n == name and o != owner and self._related(o, owner) for o, n in self.stores if o is not None):
                 continue
             if all(isinstance(v, _SIMPLE) for v in values) and len({(type(v), v) for v in values}) == 1:
                 learned[owner.name, name] = values[0]
@@ -158,7 +172,7 @@ class Constants:
     def dead(self) -> set[tuple[str, str]]:
         """(class, attribute) that is stored and never read; torch reads the modules and parameters of a module."""
         found = set()
-        for owner, name in self._stores:
+        for owner, name in self.stores:
             if owner is None or name in self.read or self._is_field(owner, name):
                 continue
             if name.startswith("_") or not self.reach.is_module(owner):
@@ -168,15 +182,28 @@ class Constants:
     def returns(self) -> dict[tuple[str, str], Any]:
         """(module, function) -> the constant it returns."""
         learned: dict[tuple[str, str], Any] = {}
-        for symbol in self.reach.kept:
-            node = self._function((symbol, ""))
-            body = [s for s in node.body if not _is_nothing(s)] if node is not None else []
-            if node is not None and len(body) == 1 and isinstance(body[0], ast.Return) and not node.decorator_list:
-                frame = Frame(symbol.module, None, node, Frame(symbol.module))
-                value = self._value(body[0].value, frame) if body[0].value is not None else UNKNOWN
+        for symbol, methods in self.reach.kept.items():
+            for name in ("", *methods):
+                value = self._returned((symbol, name))
+                if name and any(
+                    self._returned((other, name)) != value and self._related(symbol, other)
+                    for other, theirs in self.reach.kept.items()
+                    if name in theirs
+                ):
+                    continue
                 if isinstance(value, _SIMPLE):
-                    learned[symbol.module, symbol.name] = value
+                    learned[symbol.module, f"{symbol.name}.{name}" if name else symbol.name] = value
         return learned
+
+    def _returned(self, key: Key) -> Any:
+        """What a function of one statement returns, if that is known."""
+        node = self.function(key)
+        body = [s for s in node.body if not _is_nothing(s)] if node is not None else []
+        if node is None or len(body) != 1 or not isinstance(body[0], ast.Return) or node.decorator_list:
+            return UNKNOWN
+        owner = key[0] if key[1] else None
+        frame = Frame(key[0].module, owner, node, Frame(key[0].module, owner))
+        return self._value(body[0].value, frame) if body[0].value is not None else UNKNOWN
 
     def _is_field(self, owner: Symbol, name: str) -> bool:
         """Set by a generated constructor or in the class body too."""
@@ -186,7 +213,7 @@ class Constants:
                 return True
         return False
 
-    def _fields(self, symbol: Symbol) -> dict[str, ast.expr | None]:
+    def fields_of(self, symbol: Symbol) -> dict[str, ast.expr | None]:
         node = self.package.class_node(symbol)
         if node is not None and symbol in self.reach.kept:
             folded = self.reach.units.node(symbol)
@@ -203,9 +230,9 @@ class Constants:
     def fields(self) -> dict[tuple[str, str], Any]:
         """(dataclass, field) -> the constant that every constructor call gives, where nothing is stored later."""
         learned: dict[tuple[str, str], Any] = {}
-        stored = {name for _, name in self._stores}
         for symbol in self.reach.kept:
-            table = self._fields(symbol)
+            table = self.fields_of(symbol)
+            stored = {name for owner, name in self.stores if owner is None or self._related(owner, symbol)}
             calls = self.calls.get((symbol, "__init__"), [])
             if not table or not calls or (symbol, "") in self.escaped:
                 continue
@@ -221,7 +248,7 @@ class Constants:
         learned: dict[tuple[str, str, str], Any] = {}
         for key, calls in self.calls.items():
             symbol, method = key
-            node = self._function(key)
+            node = self.function(key)
             hidden = method.startswith("__") and method != "__init__"
             if node is None or hidden or method == "forward" or key in self.escaped:
                 continue
@@ -237,7 +264,7 @@ class Constants:
                     learned[symbol.module, name, argument.arg] = value
         return learned
 
-    def _function(self, key: Key) -> FunctionNode | None:
+    def function(self, key: Key) -> FunctionNode | None:
         symbol, method = key
         if symbol not in self.reach.kept or self.reach.chosen(symbol) is not None:
             return None

@@ -8,8 +8,9 @@ import sys
 from collections.abc import Iterator
 
 from paramgolf.script.layout import Style
+from paramgolf.script.nodes import FunctionNode, Scope, locals_of
 from paramgolf.script.reach import DROPPED, Reach, annotated, scopes
-from paramgolf.script.source import BUILTINS, FunctionNode, Import, Scope, Symbol, bound_names, locals_of
+from paramgolf.script.source import BUILTINS, Import, Symbol, bound_names
 from paramgolf.script.text import Edit, Text, apply
 from paramgolf.script.units import Unit
 

@@ -2,35 +2,25 @@
 
     DATA_PATH=... TOKENIZER_PATH=... SEED=1337 torchrun --standalone --nproc_per_node=8 train_gpt.py
 
-This is where `generate` starts collecting the package. It does what a run does from its data to its score, by the same
-pieces in the same order, without a run folder: no checkpoints, no resume, no report.
+This is where `generate` starts collecting the package. `main` does what a run does from its data to its score, in the
+same order, without a run folder: no checkpoints, no resume, no report. Its steps stand here in the form that serves
+every recipe, by the package's own pieces; `facts` takes the plain forms of script/plain for recipes that they fit.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import sentencepiece
-import torch
-import torch.distributed as torch_dist
 from torch import nn
 
-from paramgolf.data import compact
 from paramgolf.data.official import shard_files
 from paramgolf.data.shards import open_shard
-from paramgolf.data.token_bytes import TokenBytes
 from paramgolf.data.tokenizer import Tokenizer
 from paramgolf.dist import Dist, init
-from paramgolf.model.attention import AttentionChoice
-from paramgolf.model.backends import ScaledDotProduct
 from paramgolf.model.gpt import GPT
 from paramgolf.pack.container import Artifact, decode_known, encode_artifact
 from paramgolf.pack.packer import manifest_of
@@ -40,17 +30,16 @@ from paramgolf.quant.plan import tensor_table
 from paramgolf.quant.registry import calibrated
 from paramgolf.recipe.sections import Recipe
 from paramgolf.score.scorer import Score, score
+from paramgolf.script.plain.process import Stopwatch
 from paramgolf.train import runtime
 from paramgolf.train.assemble import assemble, final_model
 from paramgolf.train.budget import all_shapes, training_window
 from paramgolf.train.callbacks import Callback, StepInfo
-from paramgolf.train.clock import Clock
 from paramgolf.train.finish import finish, selection_seconds
 from paramgolf.train.loop import Parts, Trainer
 from paramgolf.train.signals import Interrupts
 
-BLANK = "\u2581"  # SentencePiece writes a blank as this character
-ARTIFACT = "final_model.golf"
+ARTIFACT = Path("final_model.golf")
 PACK_SECONDS = 8.0  # a million weights, where the budget must also hold quantising and coding
 
 
@@ -58,56 +47,114 @@ def main(recipe: Recipe) -> None:
     """Train, pack, read back and score; every rank of a torchrun calls it."""
     seed = int(os.environ.get("SEED", recipe.train.seed))
     recipe = replace(recipe, train=replace(recipe.train, seed=seed))
-    clock = Clock()
-    dist = init(recipe.train.device)
+    clock, dist = Stopwatch(), init(recipe.train.device)
     log = Log(dist, recipe)
-    with clock.phase("data", outside=True):
-        tokenizer = Tokenizer.load(os.environ.get("TOKENIZER_PATH", "./data/tokenizers/fineweb_1024_bpe.model"))
-        train, val = shard_files(Path(os.environ.get("DATA_PATH", "./data/datasets/fineweb10B_sp1024")))
-        shards: list[np.ndarray] = [open_shard(path) for path in train]
-        tokens = np.concatenate([open_shard(path, tokenizer.vocab_size) for path in val])
+    begun = time.monotonic()
+    tokenizer = Tokenizer.load(os.environ.get("TOKENIZER_PATH", "./data/tokenizers/fineweb_1024_bpe.model"))
+    train, val = shard_files(Path(os.environ.get("DATA_PATH", "./data/datasets/fineweb10B_sp1024")))
+    shards: list[np.ndarray] = [open_shard(path) for path in train]
+    tokens = np.concatenate([open_shard(path, tokenizer.vocab_size) for path in val])
+    clock.zero += time.monotonic() - begun  # reading is outside the budget
     log.note(f"seed:{seed} world_size:{dist.world} train_shards:{len(train)} val_tokens:{len(tokens) - 1}")
     model, dtype = train_model(recipe, shards, tokenizer.vocab_size, dist, clock, log)
     floats = measure(model, tokens, tokenizer, recipe, dist, stride=0)
     log.note(f"step:{log.step}/{log.step} val_loss:{floats.val_loss:.4f} val_bpb:{floats.val_bpb:.4f} {log.times()}")
-    artifact = Path(ARTIFACT)
-    size = pack(model, shards, recipe, tokenizer, dtype, dist, artifact)
-    dist.barrier()
-    decoded = GPT(recipe.model, tokenizer.vocab_size)
-    shapes = {name: tuple(tensor.shape) for name, tensor in decoded.state_dict().items()}
-    specs = tensor_table(shapes, recipe.quant, recipe.model.num_layers)
-    decoded.load_state_dict(restore(decode_known(artifact.read_bytes(), specs, recipe.pack.codec)))
-    decoded.compute_dtype, decoded.context_len = model.compute_dtype, recipe.train.seq_len
-    decoded = decoded.to(dist.device).eval()
+    size = pack(model, shards, recipe, tokenizer, dtype, dist, ARTIFACT)
     log.sizes(model, size, recipe.pack.codec)
+    dist.barrier()
+    decoded = unpack(ARTIFACT, recipe, tokenizer.vocab_size).to(dist.device).eval()
+    decoded.compute_dtype, decoded.context_len = model.compute_dtype, recipe.train.seq_len
     for stride in dict.fromkeys((0, recipe.score.stride)):
         log.round_trip(measure(decoded, tokens, tokenizer, recipe, dist, stride=stride), recipe.pack.codec)
     dist.close()
 
 
+class Log:
+    """The lines of the official log, on the main rank: on standard output and, with the source above, in a file."""
+
+    def __init__(self, dist: Dist, recipe: Recipe) -> None:
+        self.on, self.every, self.steps = dist.is_main, recipe.train.log_every, recipe.budget.steps
+        self.source = Path(__file__).read_bytes()
+        self.path = Path("logs") / f"{os.environ.get('RUN_ID') or f'seed{recipe.train.seed}-{int(time.time())}'}.txt"
+        self.step, self.seconds = 0, 0.0
+        if self.on:
+            self.path.parent.mkdir(exist_ok=True)
+            self.path.write_bytes(self.source + b"\n" + b"=" * 100 + b"\n")
+
+    def note(self, text: str) -> None:
+        if self.on:
+            print(text, flush=True)
+            with self.path.open("a", encoding="utf-8") as stream:
+                stream.write(f"{text}\n")
+
+    def took(self, step: int, loss: float, seconds: float) -> None:
+        """Step number `step` is done, `seconds` after the first one began."""
+        self.step, self.seconds = step, seconds
+        if step == 1 or step % self.every == 0:
+            self.note(f"step:{step}/{self.steps or '?'} train_loss:{loss:.6f} {self.times()}")
+
+    def times(self) -> str:
+        """Training time so far, as the official lines have it."""
+        return f"train_time:{1e3 * self.seconds:.0f}ms step_avg:{1e3 * self.seconds / max(self.step, 1):.2f}ms"
+
+    def sizes(self, model: nn.Module, size: int, codec: str) -> None:
+        """What counts towards the cap: this file and the coded weights."""
+        self.note(f"Serialized model: {4 * sum(p.numel() for p in model.parameters())} bytes")
+        self.note(f"Code size: {len(self.source)} bytes")
+        self.note(f"Serialized model {codec}: {size} bytes")
+        self.note(f"Total submission size {codec}: {size + len(self.source)} bytes")
+
+    def round_trip(self, result: Score, codec: str) -> None:
+        name = f"final_{codec}_roundtrip" + ("_sliding" if result.sliding else "")
+        facts = f"targets:{result.scored_tokens} bytes:{result.scored_bytes}"
+        seconds = f"eval_time:{1e3 * result.seconds:.0f}ms"
+        self.note(f"{name} val_loss:{result.val_loss:.4f} val_bpb:{result.val_bpb:.4f} {seconds} {facts}")
+        self.note(f"{name}_exact val_loss:{result.val_loss:.8f} val_bpb:{result.val_bpb:.8f}")
+
+
+class StepLines(Callback):
+    """The log as the training loop of the package calls it."""
+
+    def __init__(self, log: Log) -> None:
+        self.log = log
+
+    def note(self, text: str) -> None:
+        self.log.note(text)
+
+    def on_step(self, info: StepInfo, fraction: float, model: nn.Module) -> None:
+        self.log.took(info.step, info.loss, info.elapsed)
+
+
+# -- the steps, for every recipe -------------------------------------------------------------------------------
+
+
 def train_model(
-    recipe: Recipe, shards: list[np.ndarray], vocab_size: int, dist: Dist, clock: Clock, log: Log
+    recipe: Recipe, shards: list[np.ndarray], vocab_size: int, dist: Dist, clock: Stopwatch, log: Log
 ) -> tuple[GPT, str]:
     """The trained weights in a model of their own, in evaluation mode, and the name of the activations' type."""
-    section = recipe.train
+    section, lines = recipe.train, StepLines(log)
     chosen = runtime.configure(section, dist.device)
-    parts, held_out = assemble(recipe, shards, vocab_size, chosen.dtype, clock, dist, log, Interrupts())
+    parts, held_out = assemble(recipe, shards, vocab_size, chosen.dtype, clock, dist, lines, Interrupts())
     if section.compile == "on" or (section.compile == "auto" and dist.device.type == "cuda"):
         warm_up(parts)  # and again from the start: the compiled code stays
         runtime.seed_all(section.seed)
-        parts, held_out = assemble(recipe, shards, vocab_size, chosen.dtype, clock, dist, log, Interrupts())
+        parts, held_out = assemble(recipe, shards, vocab_size, chosen.dtype, clock, dist, lines, Interrupts())
         parts.model.compile_regions()
     model, trainer = parts.model, Trainer(parts)
     log.note(f"model_params:{sum(p.numel() for p in model.parameters())}")
     model.train()
-    reserve = selection_seconds(recipe)
-    if recipe.budget.count_packing:
-        reserve += 1.0 + PACK_SECONDS * sum(p.numel() for p in model.parameters()) / 1e6
+    reserve = reserve_seconds(recipe, model)
     trainer.begin(lambda origin: training_window(recipe, origin, reserve))
     reason = trainer.run()
     log.note(f"stopping: {reason} {log.times()} step:{trainer.at.step}")
     finish(trainer, held_out, reserve)
     return final_model(model, recipe, vocab_size, dist.device), str(chosen.dtype).removeprefix("torch.")
+
+
+def reserve_seconds(recipe: Recipe, model: nn.Module) -> float:
+    """What follows training, where the budget must hold it too."""
+    packing = 1.0 + PACK_SECONDS * sum(p.numel() for p in model.parameters()) / 1e6
+    return selection_seconds(recipe) + (packing if recipe.budget.count_packing else 0.0)
 
 
 def warm_up(parts: Parts) -> None:
@@ -147,6 +194,15 @@ def pack(
     return len(data) - len(vocabulary)
 
 
+def unpack(path: Path, recipe: Recipe, vocab_size: int) -> GPT:
+    """The model that a file of this recipe holds."""
+    model = GPT(recipe.model, vocab_size)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    specs = tensor_table(shapes, recipe.quant, recipe.model.num_layers)
+    model.load_state_dict(restore(decode_known(path.read_bytes(), specs, recipe.pack.codec)))
+    return model
+
+
 def measure(model: GPT, tokens: np.ndarray, tokenizer: Tokenizer, recipe: Recipe, dist: Dist, stride: int) -> Score:
     """The score of the whole validation stream; `stride` 0 = windows side by side."""
     section = recipe.score
@@ -155,152 +211,3 @@ def measure(model: GPT, tokens: np.ndarray, tokenizer: Tokenizer, recipe: Recipe
         stride=stride, batch_tokens=section.batch_tokens, dist=dist, windows=section.windows, lane_count=section.lanes,
         limit_seconds=recipe.budget.eval_seconds,
     )  # fmt: skip
-
-
-class GivenTokenizer:
-    """What scoring and the artifact need of a tokenizer that somebody else made, as SentencePiece tells it."""
-
-    def __init__(self, model: bytes) -> None:
-        self.model = model
-        pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
-        self.vocab_size = pieces.vocab_size()
-        base, space, boundary = np.zeros(self.vocab_size, np.int16), *np.zeros((2, self.vocab_size), bool)
-        for i in range(self.vocab_size):
-            boundary[i] = pieces.is_control(i) or pieces.is_unknown(i) or pieces.is_unused(i)
-            text = pieces.id_to_piece(i)
-            space[i] = text.startswith(BLANK) and not boundary[i]
-            if not boundary[i]:
-                base[i] = 1 if pieces.is_byte(i) else len(text.removeprefix(BLANK).replace(BLANK, " ").encode())
-        self.token_bytes = TokenBytes(base, space, boundary)
-
-    @classmethod
-    def load(cls, path: str) -> GivenTokenizer:
-        return cls(Path(path).read_bytes())
-
-    def compact(self) -> bytes:
-        """The bytes that the artifact carries."""
-        return compact.plain(self.model)
-
-
-class Log(Callback):
-    """The lines of the official log, on the main rank: on standard output and, with the source above, in a file."""
-
-    def __init__(self, dist: Dist, recipe: Recipe) -> None:
-        self.on = dist.is_main
-        self.every = recipe.train.log_every
-        self.steps = recipe.budget.steps
-        self.source = Path(__file__).read_bytes()
-        self.path = Path("logs") / f"{os.environ.get('RUN_ID') or f'seed{recipe.train.seed}-{int(time.time())}'}.txt"
-        self.step, self.seconds = 0, 0.0
-        if self.on:
-            self.path.parent.mkdir(exist_ok=True)
-            self.path.write_bytes(self.source + b"\n" + b"=" * 100 + b"\n")
-
-    def note(self, text: str) -> None:
-        if self.on:
-            print(text, flush=True)
-            with self.path.open("a", encoding="utf-8") as stream:
-                stream.write(f"{text}\n")
-
-    def on_step(self, info: StepInfo, fraction: float, model: nn.Module) -> None:
-        self.step, self.seconds = info.step, info.elapsed
-        if info.step == 1 or info.step % self.every == 0:
-            self.note(f"step:{info.step}/{self.steps or '?'} train_loss:{info.loss:.6f} {self.times()}")
-
-    def times(self) -> str:
-        """Training time so far, as the official lines have it."""
-        return f"train_time:{1e3 * self.seconds:.0f}ms step_avg:{1e3 * self.seconds / max(self.step, 1):.2f}ms"
-
-    def sizes(self, model: GPT, size: int, codec: str) -> None:
-        """What counts towards the cap: this file and the coded weights."""
-        plain = 4 * sum(p.numel() for p in model.parameters())
-        self.note(f"Serialized model: {plain} bytes")
-        self.note(f"Code size: {len(self.source)} bytes")
-        self.note(f"Serialized model {codec}: {size} bytes")
-        self.note(f"Total submission size {codec}: {size + len(self.source)} bytes")
-
-    def round_trip(self, result: Score, codec: str) -> None:
-        name = f"final_{codec}_roundtrip" + ("_sliding" if result.sliding else "")
-        facts = f"targets:{result.scored_tokens} bytes:{result.scored_bytes}"
-        seconds = f"eval_time:{1e3 * result.seconds:.0f}ms"
-        self.note(f"{name} val_loss:{result.val_loss:.4f} val_bpb:{result.val_bpb:.4f} {seconds} {facts}")
-        self.note(f"{name}_exact val_loss:{result.val_loss:.8f} val_bpb:{result.val_bpb:.8f}")
-
-
-# Plain forms of what the package does with more care; `facts.SUBSTITUTES` puts them in the place of the careful ones.
-
-
-class Stopwatch:
-    """The clocks of one process: since its start without phases outside the budget, and since the first step."""
-
-    def __init__(self) -> None:
-        self.zero = time.monotonic()
-        self.first = 0.0
-
-    def strict(self) -> float:
-        return time.monotonic() - self.zero
-
-    def spent(self, kind: str) -> float:
-        return time.monotonic() - (self.first if kind == "challenge" else self.zero)
-
-    def start_challenge(self) -> None:
-        self.first = time.monotonic()
-
-    @contextmanager
-    def phase(self, name: str, *, outside: bool = False) -> Iterator[None]:
-        begun = time.monotonic()
-        yield
-        if outside:
-            self.zero += time.monotonic() - begun
-
-
-class OneMode:
-    """The modes of a model that never changes."""
-
-    def __init__(self, model: GPT, recipe: Recipe) -> None:
-        self.states = [0]
-
-    def wanted(self, fraction: float) -> int:
-        return 0
-
-    def set(self, mode: int) -> bool:
-        return False
-
-
-def join(device: str) -> Dist:
-    """The process group that torchrun names."""
-    world, rank, local_rank = (
-        int(os.environ.get(n, d)) for n, d in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0))
-    )
-    cuda = torch.cuda.is_available() if device == "auto" else device.startswith("cuda")
-    where = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(where)
-    if world > 1:
-        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        torch_dist.init_process_group(backend, rank=rank, world_size=world, timeout=timedelta(hours=2))
-    return Dist(rank, world, where)
-
-
-def raise_together(dist: Dist, error: BaseException | None) -> None:
-    if error is not None or dist.world > 1:
-        raise error or RuntimeError("another rank failed")
-
-
-def default_threads() -> int:
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, torch.get_num_threads() // (1 if "OMP_NUM_THREADS" in os.environ else ranks))
-
-
-def choose(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, masked: bool = False) -> AttentionChoice:
-    return AttentionChoice("sdpa", "", ScaledDotProduct())
-
-
-def read_config(config_class: type, table: dict[str, Any], where: str) -> Any:
-    """A part's settings; they were checked when the script was made."""
-    return config_class(**table)
-
-
-def unchanged(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Where a recipe has no corrections in its artifact."""
-    return dict(arrays)

@@ -12,9 +12,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from paramgolf.script.infer import Frame, Types
-from paramgolf.script.source import FunctionNode, Package, Symbol, assignments_of, uses_of
+from paramgolf.script.nodes import FunctionNode, content_of
+from paramgolf.script.source import Package, Symbol
 from paramgolf.script.text import Edit, Text, apply
-from paramgolf.script.values import PRESENT, UNKNOWN, Facts, Values
+from paramgolf.script.values import PRESENT, UNKNOWN, VAGUE, Facts, Values
 
 _PASSES = 60
 _GUARD_ERRORS = frozenset({"GolfError", "ValueError"})
@@ -37,6 +38,9 @@ class _Pass(Values):
         super().__init__(package, types, module, facts)
         self.tree = ast.parse(text)
         self.text = Text(text)
+        self.flags = {
+            name for (_, _, name), value in facts.parameters.items() if value is None or value is True or value is False
+        }
 
     def edits(self) -> Iterator[Edit]:
         yield from self._suite(self.tree.body, Frame(self.module))
@@ -64,7 +68,7 @@ class _Pass(Values):
             return self._is_no_op(node.value, frame)
         if isinstance(node, ast.If) and not node.orelse:
             if len(node.body) == 1 and isinstance(node.body[0], ast.Pass):
-                return all(_is_harmless(part) for part in ast.walk(node.test))
+                return all(is_harmless(part) for part in ast.walk(node.test))
             value = self.value(node.test, frame)
             return (value is not UNKNOWN and value is not PRESENT and not value) or self._is_guard(node.body, frame)
         if isinstance(node, ast.Assert):
@@ -73,20 +77,27 @@ class _Pass(Values):
             if len(node.body) == 1 and isinstance(node.body[0], ast.Pass):
                 return True
             value = self.value(node.iter, frame)
-            return value is not UNKNOWN and value is not PRESENT and hasattr(value, "__len__") and not len(value)
+            return value not in VAGUE and hasattr(value, "__len__") and not len(value)
         if isinstance(node, ast.Assign | ast.AnnAssign):
-            targets: list[ast.expr] = node.targets if isinstance(node, ast.Assign) else [node.target]
-            if all(self._is_inline(target, frame) for target in targets):
-                return True
-            if len(targets) == 1 and node.value is not None and ast.dump(node.value) == _loaded(targets[0]):
-                return True
-            if all(isinstance(t, ast.Name) and self.is_absent(self.types.infer(t, frame)) for t in targets):
-                return True
-            dead = all(self._is_dead(target, frame) for target in targets)
-            if dead and node.value is not None and all(_is_harmless(part) for part in ast.walk(node.value)):
-                return True
-            return self._is_unused_local(node, targets, frame)
-        return False
+            return self._assignment_goes(node, frame)
+        aside = isinstance(node, ast.AugAssign) and self._is_dead(node.target, frame)
+        return aside and all(is_harmless(part) for part in ast.walk(node))
+
+    def _assignment_goes(self, node: ast.Assign | ast.AnnAssign, frame: Frame) -> bool:
+        if isinstance(node, ast.AnnAssign) and node.value is None:
+            kind = frame.node
+            return not isinstance(kind, ast.ClassDef) or not (kind.decorator_list or _is_declaring(kind))
+        targets: list[ast.expr] = node.targets if isinstance(node, ast.Assign) else [node.target]
+        if all(self._is_inline(target, frame) for target in targets):
+            return True
+        if len(targets) == 1 and node.value is not None and ast.dump(node.value) == _loaded(targets[0]):
+            return True
+        if all(isinstance(t, ast.Name) and self.is_absent(self.types.infer(t, frame)) for t in targets):
+            return True
+        dead = all(self._is_dead(target, frame) for target in targets)
+        if dead and node.value is not None and all(is_harmless(part) for part in ast.walk(node.value)):
+            return True
+        return self._is_unused_local(node, targets, frame)
 
     def _is_guard(self, body: list[ast.stmt], frame: Frame) -> bool:
         """A body that only refuses: the package has checked the recipe, and its own data is what it was."""
@@ -117,10 +128,10 @@ class _Pass(Values):
             return False
         if not all(isinstance(name, ast.Name) for name in names):
             return False
-        pure = node.value is None or all(_is_harmless(part) for part in ast.walk(node.value))
+        pure = node.value is None or all(is_harmless(part) for part in ast.walk(node.value))
         if isinstance(node.value, ast.Call):
             pure = pure or self.value(node.value, frame) is not UNKNOWN
-        read = uses_of(frame.node)[1]
+        read = content_of(frame.node).loads
         return pure and all(isinstance(name, ast.Name) and name.id not in read for name in names)
 
     def _is_inline(self, target: ast.expr, frame: Frame) -> bool:
@@ -184,7 +195,7 @@ class _Pass(Values):
         for part in ast.walk(target):
             if not isinstance(part, ast.Name) or not isinstance(frame.node, FunctionNode):
                 continue
-            if not part.id.startswith("_") and part.id not in uses_of(frame.node)[1]:
+            if not part.id.startswith("_") and part.id not in content_of(frame.node).loads:
                 yield Edit(self.text.start(part), self.text.start(part), "_")
 
     def _part(self, part: Any, frame: Frame) -> Iterator[Edit]:
@@ -259,8 +270,8 @@ class _Pass(Values):
                 chosen = self.text.of(node.body)
         elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load) and self._is_inline(node, frame):
             value = self.value(node, frame)
-            chosen = None if value is UNKNOWN or value is PRESENT else repr(value)
-        elif isinstance(node, ast.Compare) or (isinstance(node, ast.Name) and self._is_removed(node, frame)):
+            chosen = None if value in VAGUE else repr(value)
+        elif isinstance(node, ast.Compare) or (isinstance(node, ast.Name) and self._is_flag(node, frame)):
             value = self.value(node, frame)
             chosen = repr(value) if isinstance(value, bool | None) else None
         elif isinstance(node, ast.Subscript):
@@ -268,16 +279,19 @@ class _Pass(Values):
             chosen = self.text.of(entry) if entry is not None else None
         return Edit(self.text.start(node), self.text.end(node), chosen) if chosen is not None else None
 
-    def _is_removed(self, node: ast.Name, frame: Frame) -> bool:
-        """A parameter that has left its signature."""
-        return isinstance(node.ctx, ast.Load) and self.is_absent(self.types.infer(node, frame))
+    def _is_flag(self, node: ast.Name, frame: Frame) -> bool:
+        """A parameter that has left its signature, or a name that can only be None, true or false."""
+        if not isinstance(node.ctx, ast.Load):
+            return False
+        own = isinstance(frame.node, FunctionNode) and node.id in content_of(frame.node).flags
+        return own or node.id in self.flags or self.is_absent(self.types.infer(node, frame))
 
     def _entry(self, node: ast.Subscript, frame: Frame) -> ast.expr | None:
         """Of a local table that is written out, the entry of a known key."""
         if not isinstance(node.value, ast.Name) or not isinstance(frame.node, FunctionNode):
             return None
-        stores = uses_of(frame.node)[0].get(node.value.id, [])
-        for target, value, _ in assignments_of(frame.node):
+        stores = content_of(frame.node).stores.get(node.value.id, [])
+        for target, value, _ in content_of(frame.node).assigned:
             if len(stores) == 1 and target is stores[0] and isinstance(value, ast.Dict):
                 wanted = self.value(node.slice, frame)
                 for key, entry in zip(value.keys, value.values, strict=True):
@@ -306,7 +320,7 @@ class _Pass(Values):
             text = str(neutral)
         elif len(kept) == 1:
             text = self.text.of(kept[0])
-            if isinstance(kept[0], ast.BoolOp | ast.IfExp | ast.NamedExpr):
+            if isinstance(kept[0], ast.BoolOp | ast.IfExp | ast.NamedExpr) and not test:
                 text = f"({text})"
         else:
             wrapped = (ast.BoolOp, ast.IfExp, ast.Lambda, ast.NamedExpr)
@@ -331,15 +345,22 @@ class _Pass(Values):
 _HARMLESS = (
     ast.Name, ast.Attribute, ast.Constant, ast.expr_context, ast.Subscript, ast.Slice, ast.Tuple, ast.List, ast.Dict,
     ast.Set, ast.Compare, ast.cmpop, ast.BoolOp, ast.boolop, ast.BinOp, ast.UnaryOp, ast.operator, ast.unaryop,
-    ast.IfExp, ast.keyword, ast.Starred,
+    ast.IfExp, ast.keyword, ast.Starred, ast.AugAssign, ast.ListComp, ast.DictComp, ast.SetComp, ast.GeneratorExp,
+    ast.comprehension,
 )  # fmt: skip
 _READING = frozenset({
     "len", "sorted", "set", "min", "max", "tuple", "list", "float", "int", "str", "bool", "isinstance", "get", "abs",
     "amax", "keys", "items", "values", "state_dict", "seek", "compiled_graphs", "compile", "get_frame_parameters",
+    "monotonic",
 })  # fmt: skip
 
 
-def _is_harmless(node: ast.AST) -> bool:
+def _is_declaring(node: ast.ClassDef) -> bool:
+    """Whether annotations without values make a class what it is."""
+    return any(ast.unparse(base) in ("Protocol", "NamedTuple", "TypedDict") for base in node.bases)
+
+
+def is_harmless(node: ast.AST) -> bool:
     """Whether nothing is lost when a value made with this is not made."""
     if isinstance(node, ast.Call):
         name = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")

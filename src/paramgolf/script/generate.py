@@ -6,25 +6,30 @@ import ast
 import dataclasses
 import json
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any
 
 from paramgolf.errors import GolfError
 from paramgolf.recipe.sections import Recipe
 from paramgolf.script.constants import Constants
 from paramgolf.script.emit import Emitter, join
-from paramgolf.script.facts import MAIN, facts_of, registries_of, substitutes_of, used_grids
+from paramgolf.script.facts import MAIN, facts_of, registries_of, substitutes_of, used_grids, written_of
 from paramgolf.script.infer import Types
-from paramgolf.script.layout import STYLES, layout
+from paramgolf.script.inline import inlined
+from paramgolf.script.layout import STYLES, Style, layout
+from paramgolf.script.nodes import forget
 from paramgolf.script.reach import Reach
-from paramgolf.script.source import Import, Package, Symbol, forget
-from paramgolf.script.units import Place, Units
+from paramgolf.script.rules import IMPORTS
+from paramgolf.script.sites import Sites
+from paramgolf.script.source import Import, Package
+from paramgolf.script.spare import without_spare
+from paramgolf.script.units import Place, Units, unit_of
 from paramgolf.script.values import Facts
 
 SECTIONS = "paramgolf.recipe.sections"
 MAX_LINES = 1500
-_ROUNDS = 12
-_WHOLE = frozenset({"ModelSection", "OptimSection", "GridSection", "RuleSection"})  # read field by field or as a whole
+_ROUNDS = 40
+_WHOLE = frozenset({"ModelSection", "OptimSection", "GridSection"})  # read field by field or as a whole
 
 
 def generate(recipe: Recipe, *, own_tokenizer: bool = False) -> str:
@@ -33,45 +38,71 @@ def generate(recipe: Recipe, *, own_tokenizer: bool = False) -> str:
     With `own_tokenizer` it carries the coder of tokenizers made by this package; others need none.
     """
     check_supported(recipe)
-    reach = closure(recipe, substitutes_of(recipe, own_tokenizer=own_tokenizer))
+    reach = closure(recipe, own_tokenizer=own_tokenizer)
     emitter = Emitter(reach)
     blocks = emitter.definitions(frozenset({SECTIONS}))
     emitter.used |= {Import("dataclasses", "make_dataclass", "make_dataclass"), Import("typing", "Any", "Any")}
     recipe_text = layout(section_text(recipe, reach), STYLES[-1])
-    text = ""
-    for style in STYLES:
+
+    def laid_out(style: Style) -> str:
         body = join([text for block in blocks if (text := layout(block, style))], style)
         body = f'{recipe_text}\n\n{body}\n\nif __name__ == "__main__":\n    main(RECIPE)\n'
-        text = f"{header(recipe)}\n\n{emitter.imports(body)}\n\n\n{body}"
-        if text.count("\n") <= MAX_LINES:
-            break
+        return f"{header(recipe)}\n\n{emitter.imports(body)}\n\n\n{body}"
+
+    text = most_readable(laid_out)
     ast.parse(text)
     forget()
+    unit_of.cache_clear()
     return text
 
 
-def closure(recipe: Recipe, substitutes: Mapping[Symbol, Symbol]) -> Reach:
+def most_readable(laid_out: Callable[[Style], str]) -> str:
+    """The text in the first style that keeps it within the limit of lines, or in the last. Later styles are shorter."""
+    low, high, text = 0, len(STYLES) - 1, ""
+    while low < high:
+        middle = (low + high) // 2
+        tried = laid_out(STYLES[middle])
+        if tried.count("\n") <= MAX_LINES:
+            high, text = middle, tried
+        else:
+            low = middle + 1
+    return text or laid_out(STYLES[-1])
+
+
+def closure(recipe: Recipe, *, own_tokenizer: bool) -> Reach:
     """Fold, follow what is left, learn which attributes can only be one constant, and fold again."""
-    original = Package(substitutes=substitutes)
+    original = Package(substitutes_of(recipe, own_tokenizer=own_tokenizer))
     registries = registries_of(recipe)
     types = Types(original, registries)
     facts = facts_of(recipe)
     texts: dict[Place, str] = {}
+    for symbol, text in written_of(recipe).items():
+        original.add_imports(symbol.module, IMPORTS)
+        texts[symbol.module, original.module(symbol.module).places[symbol.name]] = text
     known: Facts | None = None
+    changed: dict[Place, str] = {}
     for _ in range(_ROUNDS):
-        units = Units(original, types, facts, texts, known)
+        units = Units(original, types, facts, texts, known, changed)
         reach = Reach(original, units, types, registries)
         reach.run(MAIN)
+        constants = Constants(reach, facts)
         texts, known = units.pruned(reach.kept), facts
-        facts = learn(reach, facts)
-        if facts == known:
+        facts = learn(constants, facts)
+        changed = rewritten(reach, constants) if facts == known else {}
+        texts |= changed
+        if facts == known and not changed:
             break
     return reach
 
 
-def learn(reach: Reach, facts: Facts) -> Facts:
+def rewritten(reach: Reach, constants: Constants) -> dict[Place, str]:
+    """Texts without what no caller needs, or with what has one caller put there."""
+    sites = Sites(constants)
+    return without_spare(sites) or inlined(sites)
+
+
+def learn(constants: Constants, facts: Facts) -> Facts:
     """The facts and what the kept code adds to them."""
-    constants = Constants(reach, facts)
     attributes = constants.attributes()
     return dataclasses.replace(
         facts,

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from paramgolf.script.source import BUILTINS, FunctionNode, Import, Package, Symbol, assignments_of, loops_of, target_of
+from paramgolf.script.nodes import FunctionNode, content_of
+from paramgolf.script.source import BUILTINS, Import, Package, Symbol, target_of
 
 _MANY = {"list", "tuple", "set", "Sequence", "Iterable", "Iterator", "dict", "Mapping", "frozenset"}
 
@@ -118,7 +119,7 @@ class Types:
         for method in node.body:
             if isinstance(method, FunctionNode):
                 frame = Frame(symbol.module, symbol, method)
-                for target, value, note in assignments_of(method):
+                for target, value, note in content_of(method).assigned:
                     if isinstance(target, ast.Attribute) and _is_name(target.value, "self") and target.attr == name:
                         found = self.annotation(symbol.module, note) or self.infer(value, frame)
                         if found is not None:
@@ -248,11 +249,11 @@ class Types:
         return self._locals[id(node)]
 
     def _assigned_locals(self, node: FunctionNode, frame: Frame, known: dict[str, Kind | None]) -> None:
-        for target, value, note in assignments_of(node):
+        for target, value, note in content_of(node).assigned:
             if isinstance(target, ast.Name):
                 kind = self.annotation(frame.module, note) or self.infer(value, frame)
                 known[target.id] = kind if known.get(target.id, kind) == kind else None
-        for variable, collection in loops_of(node):
+        for variable, collection in content_of(node).loops:
             _bind_elements(variable, collection, self, frame, known)
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ast
 import io
+import keyword
 import re
 import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from paramgolf.script.source import FunctionNode
+from paramgolf.script.nodes import FunctionNode
 from paramgolf.script.text import Text, apply
 from paramgolf.script.tighten import tighten
 
@@ -17,18 +18,22 @@ WIDTH = 120
 _MARKS = re.compile(r"[ \t]*# (?:fmt: (?:skip|off|on)|noqa|type: ignore).*$")
 _RULER = re.compile(r"\s*# -- .* -+")
 _OPENING, _CLOSING = ("(", "[", "{"), (")", "]", "}")
+_BARE = re.compile(r"(?<![\w)\]])\([A-Za-z_][\w.]*\)")
 _SKIPPED = (tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
 
 
 @dataclass(frozen=True)
 class Style:
-    """What is kept or done: first lines of docstrings, comments, blank lines; lines filled; statements merged."""
+    """What is kept or done: first lines of docstrings, comments, lines filled, values put where they are used once,
+    neighbouring assignments and fields on one line, blank lines inside definitions and between them."""
 
     docstrings: bool
     comments: bool
     filled: bool
+    short: bool = False
+    merged: bool = False
+    airy: bool = True
     spaced: bool = True
-    tight: bool = False
 
 
 # From the most readable to the shortest; the first that fits the limit of lines is taken.
@@ -37,8 +42,10 @@ STYLES = (
     Style(True, True, True),
     Style(False, True, True),
     Style(False, False, True),
-    Style(False, False, True, tight=True),
-    Style(False, False, True, tight=True, spaced=False),
+    Style(False, False, True, short=True),
+    Style(False, False, True, short=True, airy=False),
+    Style(False, False, True, short=True, merged=True, airy=False),
+    Style(False, False, True, short=True, merged=True, airy=False, spaced=False),
 )
 
 
@@ -48,14 +55,17 @@ def layout(text: str, style: Style) -> str:
     text = "\n".join(_MARKS.sub("", line).rstrip() for line in text.splitlines() if not _RULER.fullmatch(line))
     if not style.comments:
         text = _without_comments(text)
+    if _BARE.search(text):
+        text = _without_bare_brackets(text)
     if style.filled:
         text = _filled(text)
-    if style.tight:
-        text = _filled(tighten(text))
+    text = tighten(text, short=style.short, merged=style.merged)
+    if style.short:
+        text = _filled(text)
     lines: list[str] = []
     for line in text.splitlines():
         line = line.rstrip()
-        if not line and (not style.spaced or not lines or not lines[-1] or lines[-1].endswith(":")):
+        if not line and (not style.airy or not lines or not lines[-1] or lines[-1].endswith(":")):
             continue
         lines.append(line)
     while lines and not lines[-1]:
@@ -92,6 +102,26 @@ def _without_comments(text: str) -> str:
             if not lines[row - 1]:
                 gone.add(row - 1)
     return "\n".join(line for number, line in enumerate(lines) if number not in gone)
+
+
+def _without_bare_brackets(text: str) -> str:
+    """`(name)` without the brackets that a decided expression has left around it."""
+    tokens, lines = _tokens(text), text.split("\n")
+    gone: list[tuple[int, int]] = []
+    for place, token in enumerate(tokens):
+        before = tokens[place - 1] if place else token
+        called = before.string in _CLOSING or (before.type == tokenize.NAME and not keyword.iskeyword(before.string))
+        if token.string == "(" and not called:
+            end = place + 1
+            while tokens[end].type == tokenize.NAME and tokens[end + 1].string == ".":
+                end += 2
+            name, close = tokens[end], tokens[end + 1]
+            plain = name.type == tokenize.NAME and not keyword.iskeyword(name.string)
+            if plain and close.string == ")" and token.start[0] == close.start[0]:
+                gone += [token.start, close.start]
+    for row, column in sorted(gone, reverse=True):
+        lines[row - 1] = lines[row - 1][:column] + lines[row - 1][column + 1 :]
+    return "\n".join(lines)
 
 
 def _filled(text: str) -> str:

@@ -6,22 +6,14 @@ import ast
 from collections.abc import Iterator, Mapping, Sequence
 
 from paramgolf.script.infer import EXTERNAL, MODULE, Frame, Types
-from paramgolf.script.source import (
-    FunctionNode,
-    Import,
-    Package,
-    Scope,
-    Symbol,
-    bound_names,
-    locals_of,
-    target_of,
-)
+from paramgolf.script.nodes import FunctionNode, Scope, locals_of
+from paramgolf.script.source import Import, Package, Symbol, bound_names, target_of
 from paramgolf.script.units import Units
 
 # Called by torch or by Python itself, never by name.
 ALWAYS = frozenset({"forward", "backward"})
 # Class attributes that mean nothing outside the package.
-DROPPED = frozenset({"__pydantic_config__"})
+DROPPED = frozenset({"__pydantic_config__", "excludes"})
 
 
 class Reach:

@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import ast
 import builtins
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Generic, TypeVar
 
 import paramgolf
+from paramgolf.script.nodes import FunctionNode
 from paramgolf.script.text import Text
 
 PACKAGE = "paramgolf"
 ROOT = Path(paramgolf.__file__).parent
 BUILTINS = frozenset(dir(builtins))
-
-T = TypeVar("T")
-Assigned = tuple[ast.expr, ast.expr | None, ast.expr | None]
-FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
-Scope = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
 
 
 @dataclass(frozen=True, order=True)
@@ -58,6 +53,7 @@ class Module:
     text: str
     imports: dict[str, Import] = field(default_factory=dict)
     definitions: dict[str, ast.stmt] = field(default_factory=dict)
+    added: set[str] = field(default_factory=set)  # names that a function made for a recipe uses; imported then
 
     def __post_init__(self) -> None:
         self.tree = ast.parse(self.text)
@@ -87,7 +83,7 @@ class Module:
         for statement in self.tree.body:
             if isinstance(statement, ast.Import | ast.ImportFrom):
                 top |= {found.alias for found in imports_of(statement)}
-        return frozenset(self.imports) - top
+        return frozenset(self.imports) - top - self.added
 
 
 def imports_of(node: ast.Import | ast.ImportFrom) -> list[Import]:
@@ -150,6 +146,12 @@ class Package:
                 return base
         return None
 
+    def add_imports(self, module: str, found: Iterable[Import]) -> None:
+        """Names that a module has beside its own."""
+        own = self.module(module)
+        own.imports |= {one.alias: one for one in found}
+        own.added |= {one.alias for one in found}
+
     def statement(self, symbol: Symbol) -> ast.stmt:
         return self.module(symbol.module).definitions[symbol.name]
 
@@ -192,97 +194,3 @@ def target_of(entry: str) -> Symbol:
     """`"module:name"` of a registry line."""
     module, _, name = entry.partition(":")
     return Symbol(module, name)
-
-
-def local_names(scope: Scope) -> set[str]:
-    """Names that a function binds itself: parameters, assignments, loops, nested definitions."""
-    arguments = scope.args
-    every = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
-    every += [a for a in (arguments.vararg, arguments.kwarg) if a is not None]
-    names = {argument.arg for argument in every}
-    body = scope.body if isinstance(scope.body, list) else [scope.body]
-    for statement in body:
-        for node in _own_nodes(statement):
-            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store | ast.Del):
-                names.add(node.id)
-            elif isinstance(node, FunctionNode | ast.ClassDef | ast.ExceptHandler):
-                names.add(node.name or "")
-    return names
-
-
-def _own_nodes(node: ast.AST) -> Iterator[ast.AST]:
-    """The nodes of a statement, nested functions not entered."""
-    yield node
-    if isinstance(node, FunctionNode | ast.ClassDef | ast.Lambda):
-        return
-    for child in ast.iter_child_nodes(node):
-        yield from _own_nodes(child)
-
-
-class ByNode(Generic[T]):
-    """Something worked out once for each node."""
-
-    def __init__(self, work: Callable[[Any], T]) -> None:
-        self._work = work
-        self._known: dict[int, tuple[Any, T]] = {}  # with the node, so that its id stays its own
-
-    def __call__(self, node: Any) -> T:
-        found = self._known.get(id(node))
-        if found is None:
-            found = self._known[id(node)] = (node, self._work(node))
-        return found[1]
-
-    def clear(self) -> None:
-        self._known.clear()
-
-
-locals_of = ByNode(local_names)
-
-
-def _uses(node: ast.AST) -> tuple[dict[str, list[ast.Name]], set[str]]:
-    stores: dict[str, list[ast.Name]] = {}
-    loads: set[str] = set()
-    for part in ast.walk(node):
-        if isinstance(part, ast.Name):
-            if isinstance(part.ctx, ast.Load):
-                loads.add(part.id)
-            else:
-                stores.setdefault(part.id, []).append(part)
-    return stores, loads
-
-
-uses_of = ByNode(_uses)  # (name -> where it is bound, names that are read), nested functions included
-
-
-def _assigned(node: ast.AST) -> list[Assigned]:
-    found: list[Assigned] = []
-    for part in ast.walk(node):
-        if isinstance(part, ast.Assign):
-            for target in part.targets:
-                if isinstance(target, ast.Tuple) and isinstance(part.value, ast.Tuple):
-                    found += [(t, v, None) for t, v in zip(target.elts, part.value.elts, strict=False)]
-                else:
-                    found.append((target, part.value, None))
-        elif isinstance(part, ast.AnnAssign):
-            found.append((part.target, part.value, part.annotation))
-        elif isinstance(part, ast.NamedExpr):
-            found.append((part.target, part.value, None))
-        elif isinstance(part, ast.withitem) and part.optional_vars is not None:
-            found.append((part.optional_vars, part.context_expr, None))
-    return found
-
-
-assignments_of = ByNode(_assigned)  # (target, value, annotation) of every assignment inside; tuples are taken apart
-
-
-def _loops(node: ast.AST) -> list[tuple[ast.expr, ast.expr]]:
-    return [(part.target, part.iter) for part in ast.walk(node) if isinstance(part, ast.For | ast.comprehension)]
-
-
-loops_of = ByNode(_loops)  # (target, collection)
-
-
-def forget() -> None:
-    """Let go of the trees of a finished generation."""
-    for table in (locals_of, uses_of, assignments_of, loops_of):
-        table.clear()

@@ -5,19 +5,29 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 
-from paramgolf.script.source import FunctionNode
+from paramgolf.script.nodes import FunctionNode
 from paramgolf.script.text import Edit, Text, apply
 
 WIDTH = 120
 _PASSES = 30
 
 
-def tighten(text: str) -> str:
-    """`text` with fewer lines and the same meaning; comments inside merged statements would be lost."""
-    text = _short_records(text)
+def tighten(text: str, *, short: bool, merged: bool) -> str:
+    """`text` with fewer lines and the same meaning.
+
+    Branches that only choose a value become an expression, as ruff asks for. With `short` values that are used once go
+    where they are used (comments would be lost); with `merged` neighbouring assignments and fields become one line.
+    """
+    if not short and "else:" not in text:
+        return text
+    text = _short_records(text) if merged else text
     for _ in range(_PASSES):
         place = Text(text)
-        edits = [edit for body, function in _suites(ast.parse(text)) for edit in _merges(body, function, place)]
+        edits = [
+            edit
+            for body, function in _suites(ast.parse(text))
+            for edit in _merges(body, function, place, short, merged)
+        ]
         if not edits:
             break
         text = apply(text, edits)
@@ -66,14 +76,14 @@ def _suites(tree: ast.AST, function: ast.AST | None = None) -> Iterator[tuple[li
                 yield from _suites(part, part if isinstance(part, FunctionNode) else function)
 
 
-def _merges(body: list[ast.stmt], function: ast.AST | None, place: Text) -> Iterator[Edit]:
+def _merges(body: list[ast.stmt], function: ast.AST | None, place: Text, short: bool, merged: bool) -> Iterator[Edit]:
     at = 0
     while at < len(body):
         one, two = body[at], body[at + 1] if at + 1 < len(body) else None
         line = _ternary(one, place)
-        if line is None and two is not None:
+        if line is None and short and two is not None:
             line = _conditional_return(one, two, place) or _used_once(one, two, function, place)
-            line = line or _joined(one, two, place)
+            line = line or (_joined(one, two, place) if merged else None)
             last = two
         else:
             last = one
@@ -102,7 +112,7 @@ def _ternary(node: ast.stmt, place: Text) -> str | None:
     if not isinstance(node, ast.If) or len(node.body) != 1 or len(node.orelse) != 1:
         return None
     yes, no = node.body[0], node.orelse[0]
-    if place.line(node.lineno).lstrip().startswith("elif"):
+    if place.line(node.lineno).lstrip().startswith("elif") or "#" in place.of(node):
         return None
     if isinstance(yes, ast.Return) and isinstance(no, ast.Return):
         parts = [_value(yes.value, place), _value(node.test, place), _value(no.value, place)]

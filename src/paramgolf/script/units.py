@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 from paramgolf.script.fold import fold
 from paramgolf.script.infer import Types
-from paramgolf.script.source import FunctionNode, Package, Symbol
+from paramgolf.script.nodes import FunctionNode
+from paramgolf.script.source import Package, Symbol
 from paramgolf.script.text import Text, apply
 from paramgolf.script.values import Facts
 
@@ -25,13 +27,26 @@ class Unit:
     node: ast.stmt
 
 
+@lru_cache(maxsize=4096)
+def unit_of(module: str, text: str) -> Unit:
+    """The same object, and so the same nodes, as long as the text is the same."""
+    return Unit(module, text, ast.parse(text).body[0])
+
+
 class Units:
-    """`earlier`: the texts that an earlier round has left, and the facts it had."""
+    """`earlier`: the texts that an earlier round has left, `known` the facts it had, `changed` what is new since."""
 
     def __init__(
-        self, package: Package, types: Types, facts: Facts, earlier: Mapping[Place, str], known: Facts | None = None
+        self,
+        package: Package,
+        types: Types,
+        facts: Facts,
+        earlier: Mapping[Place, str],
+        known: Facts | None = None,
+        changed: Collection[Place] = (),
     ) -> None:
         self._package, self._types, self._facts, self._earlier = package, types, facts, earlier
+        self._changed = changed
         self._news = news(known, facts) if known is not None else None
         self.units: dict[Place, Unit] = {}
 
@@ -45,11 +60,11 @@ class Units:
             if earlier is None:
                 text = self._package.module(symbol.module).source_of(place[1])
                 text = fold(self._package, self._types, symbol.module, self._facts, text)
-            elif self._news is not None and not self._news.search(earlier):
+            elif self._news is not None and place not in self._changed and not self._news.search(earlier):
                 text = earlier
             else:
                 text = fold(self._package, self._types, symbol.module, self._facts, earlier)
-            self.units[place] = Unit(symbol.module, text, ast.parse(text).body[0])
+            self.units[place] = unit_of(symbol.module, text)
         return self.units[place]
 
     def node(self, symbol: Symbol) -> ast.stmt:
@@ -73,6 +88,6 @@ def news(before: Facts, after: Facts) -> re.Pattern[str]:
     words = {name for key in after.values.keys() - before.values.keys() for name in key[1:]}
     words |= {parameter for _, _, parameter in after.parameters.keys() - before.parameters.keys()}
     words |= {name.split(".")[-1] for name in after.no_ops - before.no_ops}
-    words |= {name for _, name in after.returns.keys() - before.returns.keys()}
+    words |= {name.split(".")[-1] for _, name in after.returns.keys() - before.returns.keys()}
     words |= {name for _, name in after.dead - before.dead}
     return re.compile(rf"\b(?:{'|'.join(sorted(map(re.escape, words)))})\b" if words else r"(?!)")

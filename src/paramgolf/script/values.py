@@ -10,10 +10,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from paramgolf.script.infer import Frame, Kind, Types
-from paramgolf.script.source import FunctionNode, Package, Scope, Symbol, assignments_of, uses_of
+from paramgolf.script.nodes import FunctionNode, Scope, content_of
+from paramgolf.script.source import Package, Symbol
 
 PRESENT = type("Present", (), {"__repr__": lambda self: "PRESENT"})()  # a value of which only "not None" is known
+FALSY = type("Falsy", (), {"__bool__": lambda self: False, "__repr__": lambda self: "FALSY"})()  # only that is known
 UNKNOWN = object()
+VAGUE = (PRESENT, FALSY, UNKNOWN)
 _COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
     ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt,
     ast.GtE: operator.ge, ast.In: lambda a, b: a in b, ast.NotIn: lambda a, b: a not in b,
@@ -67,7 +70,7 @@ class Values:
             return self._attribute_value(node, frame)
         if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
             inner = self.value(node.operand, frame)
-            return inner if inner is UNKNOWN or inner is PRESENT else not inner
+            return inner if inner is UNKNOWN else inner is not PRESENT and not inner
         if isinstance(node, ast.BoolOp):
             return self._bool_value(node, frame)
         if isinstance(node, ast.Compare) and len(node.ops) == 1:
@@ -78,7 +81,7 @@ class Values:
             return self._bool_value(ast.BoolOp(ast.And(), list[ast.expr](links)), frame)
         if isinstance(node, ast.Tuple | ast.List | ast.Set):
             parts = [self.value(part, frame) for part in node.elts]
-            return UNKNOWN if any(p is UNKNOWN or p is PRESENT for p in parts) else tuple(parts)
+            return UNKNOWN if any(p in VAGUE for p in parts) else tuple(parts)
         if isinstance(node, ast.Call):
             return self._call_value(node, frame)
         return UNKNOWN
@@ -92,8 +95,7 @@ class Values:
             return {"any": False, "all": True, "sorted": ()}[node.func.id] if empty else UNKNOWN
         if isinstance(node.func, ast.Name) and node.func.id in ("bool", "len", "list", "tuple") and len(node.args) == 1:
             value = self.value(node.args[0], frame)
-            known = value is not UNKNOWN and value is not PRESENT
-            return _PLAIN[node.func.id](value) if known else UNKNOWN
+            return _PLAIN[node.func.id](value) if value not in VAGUE else UNKNOWN
         found = self.package.resolve_path(self.module, node.func)
         if isinstance(found, Symbol) and found.name:
             statement = self.package.module(found.module).definitions.get(found.name)
@@ -101,6 +103,16 @@ class Values:
                 if (found.module, found.name) in self.facts.returns:
                     return self.facts.returns[found.module, found.name]
                 return self._returned(found.module, statement)
+        if isinstance(node.func, ast.Name) and node.func.id == "isinstance" and found is None:
+            return False if self.value(node.args[0], frame) is None else UNKNOWN
+        if isinstance(node.func, ast.Attribute) and found is None:
+            base = self.types.infer(node.func.value, frame)
+            method = self.types.method(base.symbol, node.func.attr) if base is not None and not base.many else None
+            if (
+                method is not None
+                and (key := (method[0].module, f"{method[0].name}.{node.func.attr}")) in self.facts.returns
+            ):
+                return self.facts.returns[key]
         if isinstance(node.func, ast.Attribute) and node.func.attr in ("items", "keys", "values") and not node.args:
             value = self.value(node.func.value, frame)
             return list(getattr(value, node.func.attr)()) if isinstance(value, dict) else UNKNOWN
@@ -142,16 +154,16 @@ class Values:
         """The value of a local that is bound once, to something known; None when the scope does not bind it."""
         for argument in [*scope.args.posonlyargs, *scope.args.args, *scope.args.kwonlyargs]:
             if argument.arg == name:
-                if name in uses_of(scope)[0]:
+                if name in content_of(scope).stores:
                     return (UNKNOWN,)
                 if self.is_absent(self.types.annotation(self.module, argument.annotation)):
                     return (None,)
                 return (self.facts.parameters.get((self.module, function_key(frame), name), UNKNOWN),)
-        stores = uses_of(scope)[0].get(name)
+        stores = content_of(scope).stores.get(name)
         if not stores:
             return None
         if len(stores) == 1:
-            for target, value, _ in assignments_of(scope):
+            for target, value, _ in content_of(scope).assigned:
                 if target is stores[0] and value is not None:
                     if isinstance(value, ast.List | ast.Dict | ast.Set | ast.ListComp | ast.DictComp | ast.SetComp):
                         return (UNKNOWN,)  # it may be changed later
@@ -171,16 +183,19 @@ class Values:
 
     def _bool_value(self, node: ast.BoolOp, frame: Frame) -> Any:
         neutral = isinstance(node.op, ast.And)
-        unknown = False
+        unknown: list[ast.expr] = []
         result: Any = neutral
         for operand in node.values:
             value = self.value(operand, frame)
             if value is UNKNOWN:
-                unknown = True
+                unknown.append(operand)
                 continue
             result = value
             if (value is PRESENT or bool(value)) is not neutral:
-                return value if not unknown else not neutral
+                if not unknown:
+                    return value
+                exact = isinstance(value, bool) and all(isinstance(part, ast.Compare) for part in unknown)
+                return value if exact else FALSY if neutral else PRESENT
         return UNKNOWN if unknown else result
 
     def _choices(self, node: ast.expr, frame: Frame) -> frozenset[Any] | None:
@@ -201,6 +216,8 @@ class Values:
             if choices is not None and not any(choice in wanted for choice in choices):
                 return isinstance(node.ops[0], ast.NotEq)
         if left is UNKNOWN or right is UNKNOWN:
+            return UNKNOWN
+        if FALSY in (left, right):
             return UNKNOWN
         if isinstance(node.ops[0], ast.Is | ast.IsNot):
             if PRESENT in (left, right) and None not in (left, right):

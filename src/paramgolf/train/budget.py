@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from paramgolf.recipe.sections import Recipe, StageSection
 
-_LEAST_SECONDS = 1e-3  # a window that is used up before it starts: one step, then stop
+LEAST_SECONDS = 1e-3  # a window that is used up before it starts: one step, then stop
 
 
 @dataclass(frozen=True)
@@ -84,13 +84,15 @@ def training_window(recipe: Recipe, spent: float, reserve_seconds: float) -> Win
     seconds = 0.0
     if budget.seconds:
         reserve = reserve_seconds if budget.count_packing else 0.0
-        seconds = max(_LEAST_SECONDS, budget.seconds * (1 - post) - reserve - spent)
-    return Window(seconds, _main_part(budget.steps, post), _main_part(budget.tokens, post))
+        seconds = max(LEAST_SECONDS, budget.seconds * (1 - post) - reserve - spent)
+    steps = _main_part(budget.steps, post) if budget.steps else 0
+    tokens = _main_part(budget.tokens, post) if budget.tokens else 0
+    return Window(seconds, steps, tokens)
 
 
 def _main_part(total: int, post: float) -> int:
     after = max(1, round(total * post)) if post else 0  # the phase always takes a step, so the loop leaves one
-    return max(1, total - after) if total else 0
+    return max(1, total - after)
 
 
 def post_window(recipe: Recipe, done: Position, spent: float, reserve_seconds: float) -> Window:
@@ -105,7 +107,7 @@ def post_window(recipe: Recipe, done: Position, spent: float, reserve_seconds: f
     seconds = 0.0
     if budget.seconds:
         reserve = reserve_seconds if budget.count_packing else 0.0
-        seconds = max(_LEAST_SECONDS, min(budget.seconds * fraction, budget.seconds - reserve - spent))
+        seconds = max(LEAST_SECONDS, min(budget.seconds * fraction, budget.seconds - reserve - spent))
     steps = round(budget.steps * fraction)
     tokens = round(budget.tokens * fraction)
     if not (seconds or steps or tokens):  # nothing binds: as many steps as the fraction means of those taken
