@@ -28,6 +28,7 @@ LAYERS = [
     (
         "paramgolf.cli",
         "paramgolf.cli_data",
+        "paramgolf.cli_fit",
         "paramgolf.cli_lab",
         "paramgolf.cli_output",
         "paramgolf.cli_pack",

@@ -21,6 +21,7 @@ import typer
 from paramgolf import __version__, cli_text
 from paramgolf.cli_audit import app as audit_app
 from paramgolf.cli_data import app as data_app
+from paramgolf.cli_fit import app as fit_app
 from paramgolf.cli_lab import app as lab_app
 from paramgolf.cli_output import AsJson, emit
 from paramgolf.cli_pack import app as pack_app
@@ -37,6 +38,7 @@ app = typer.Typer(
 )
 app.add_typer(data_app, name="data")
 cli_text.register(app)
+app.add_typer(fit_app)
 app.add_typer(lab_app)
 app.add_typer(pack_app)
 app.add_typer(sweep_app)
