@@ -17,12 +17,13 @@ import pytest
 
 from paramgolf.data import builtin, encode_pool, split
 from paramgolf.data.bpe import train_bpe
-from paramgolf.data.cache import cache_root
+from paramgolf.data.cache import cache_root, remembered_sha256
 from paramgolf.data.dataset import Dataset, open_text, prepare
 from paramgolf.data.encode_pool import encode_stream
 from paramgolf.data.shards import write_shard
 from paramgolf.data.sources import Document
 from paramgolf.errors import GolfError
+from paramgolf.files import sha256_file
 from paramgolf.recipe.sections import DataSection
 
 SMALL = DataSection(vocab_size=300)
@@ -120,7 +121,7 @@ def test_files_named_val_are_validation(tmp_path: Path) -> None:
     data = prepare(SMALL, folder, cache=tmp_path / "cache")
     assert documents_of(data, "val") == topics()[38:50]
     assert documents_of(data, "train") == topics()[:38]
-    assert (data.passport["split"], data.passport["removed_from_train"]) == ("files named *val*", 2)
+    assert (data.passport["split"], data.passport["removed_from_train"]) == ("files named val", 2)
     assert data.passport["skipped_files"] == ["notes.md"]
 
 
@@ -198,6 +199,14 @@ def test_two_at_once_end_with_one_dataset(tmp_path: Path) -> None:
     Dataset.open(roots[0]).val_tokens()
 
 
+@pytest.mark.parametrize("passport", ["[]", "[" * 100_000, '{"train": 1}', '{"train": {"shards": []}, "val": "x"}'])
+def test_a_passport_that_is_none(tmp_path: Path, passport: str) -> None:
+    (tmp_path / "passport.json").write_text(passport)
+    (tmp_path / "tokenizer.model").write_bytes(train_bpe([], 260).to_bytes())
+    with pytest.raises(GolfError, match="not a prepared dataset"):
+        Dataset.open(tmp_path)
+
+
 def test_a_prepared_folder_is_used_where_it_is(tmp_path: Path) -> None:
     path = write(tmp_path / "a.txt", topics()[:30])
     made = prepare(SMALL, path, cache=tmp_path / "cache", out=tmp_path / "out")
@@ -228,6 +237,49 @@ def test_a_dataset_with_something_else_beside_it_is_not_replaced(tmp_path: Path)
     assert prepare(SMALL, path, cache=tmp_path / "cache", out=out).root == out
     with pytest.raises(GolfError, match="not empty and not a prepared dataset"):
         prepare(SMALL, path, cache=tmp_path / "cache", out=path)
+
+
+def test_hashes_are_remembered_of_files_that_did_not_change(tmp_path: Path) -> None:
+    path, cache = tmp_path / "large", tmp_path / "cache"
+    path.write_bytes(bytes(1 << 22))
+    before, first = path.stat(), remembered_sha256(path, cache)
+    path.write_bytes(b"\1" + bytes((1 << 22) - 1))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # as a copy that keeps times
+    second = remembered_sha256(path, cache)
+    assert second != first and second == sha256_file(path)
+    assert remembered_sha256(path, path / "no folder") == second  # where nothing can be remembered
+
+
+def test_what_killed_processes_left_is_removed_in_time(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    for name in (
+        ".0123456789abcdef0123.abcd_123",
+        ".fedcba9876543210fedc.k_l_m_n_",
+        "stdin.xyz.text",
+        "0123456789abcdef0123",
+    ):
+        (cache / name).mkdir(parents=True)
+        if name != ".fedcba9876543210fedc.k_l_m_n_":  # of a process that may be at work
+            os.utime(cache / name, (0, 0))
+    made = prepare(SMALL, write(tmp_path / "a.txt", topics()[:30]), cache=cache)
+    left = {path.name for path in cache.iterdir()} - {made.root.name}
+    assert left == {".fedcba9876543210fedc.k_l_m_n_", "0123456789abcdef0123"}
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_text_that_changes_while_it_is_read_is_not_cached(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    row = json.dumps({"text": "more of it"}) + "\n"
+    path.write_text("".join(json.dumps({"text": d.decode()}) + "\n" for d in topics()[:30]))
+
+    def progress(phase: str, done: int, total: int | None) -> None:
+        if phase == "tokenizer":  # between the two passes
+            with path.open("a") as stream:
+                stream.write(row)
+
+    with pytest.raises(GolfError, match="changed while it was read"):
+        prepare(SMALL, path, cache=tmp_path / "cache", progress=progress)
+    assert not (tmp_path / "cache").exists() or list((tmp_path / "cache").iterdir()) == []
 
 
 def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

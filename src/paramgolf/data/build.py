@@ -22,7 +22,7 @@ from typing import Any
 
 from paramgolf.data import builtin, split
 from paramgolf.data.bpe import train_bpe
-from paramgolf.data.cache import remembered_sha256
+from paramgolf.data.cache import remembered_sha256, sweep
 from paramgolf.data.encode_pool import encode_stream
 from paramgolf.data.official import SIDECAR, check_case, check_vocabulary
 from paramgolf.data.shards import ShardWriter, read_header, write_shards
@@ -51,7 +51,8 @@ class Inputs:
     train: Callable[[], Iterator[Document]]
     val: Callable[[], Iterator[Document]] | None
     origin: str  # how validation was chosen, unless it is split off
-    label: list[dict[str, Any]]
+    label: list[dict[str, Any]]  # of `files`, then of the built-in text
+    files: list[Source] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     temporary: Path | None = None
 
@@ -70,9 +71,12 @@ def build(
         if out is not None and folder.exists() and not _replaceable(folder):
             raise GolfError(f"{folder}: not empty and not a prepared dataset alone; choose another --out")
         folder.parent.mkdir(parents=True, exist_ok=True)
+        sweep(cache)
         work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         try:
             passport = _build_in(work, section, inputs, progress, workers)
+            if _labels(inputs.files, cache, _silent) != inputs.label[: len(inputs.files)]:
+                raise GolfError("the text changed while it was read; run again when nothing writes to it")
             atomic_write(work / PASSPORT, json.dumps({**passport, "key": key}, indent=1).encode())
             _publish(work, folder, key)
         finally:
@@ -95,7 +99,7 @@ def _is_current(folder: Path, key: str) -> bool:
         hashes = {VAL_TEXT: passport["val"]["sha256"], TOKENIZER: passport["tokenizer"]["sha256"]}
         whole = whole and all(sha256_file(folder / name) == expected for name, expected in hashes.items())
         return bool(whole and passport["key"] == key)
-    except (OSError, ValueError, TypeError, KeyError, GolfError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, GolfError):
         return False
 
 
@@ -124,7 +128,7 @@ def read_inputs(section: DataSection, name: str, cache: Path, progress: Progress
     if not name:
         if given is not None:
             labels = [*_labels(given, cache, progress), _builtin_label()]
-            return Inputs(builtin.documents, _reader(given), "data.val", labels)
+            return Inputs(builtin.documents, _reader(given), "data.val", labels, given)
         return Inputs(builtin.documents, None, "", [_builtin_label()])
     temporary: Path | None = None
     skipped: list[str] = []
@@ -144,9 +148,10 @@ def read_inputs(section: DataSection, name: str, cache: Path, progress: Progress
         val = [s for s in found if is_validation(s)]
         val = val if len(val) < len(found) else []  # all or the only one: then the name says nothing
         found = [s for s in found if s not in val]
-        origin = "files named *val*"
-    labels = _labels([*found, *val], cache, progress)
-    return Inputs(_reader(found), _reader(val) if val else None, origin, labels, skipped, temporary)
+        origin = "files named val"
+    files = [*found, *val]
+    labels = _labels(files, cache, progress)
+    return Inputs(_reader(found), _reader(val) if val else None, origin, labels, files, skipped, temporary)
 
 
 def _reader(found: list[Source]) -> Callable[[], Iterator[Document]]:
@@ -307,7 +312,7 @@ def _without(
     copies = sum(1 for d in scan.digests if d in held)
 
     def train() -> Iterator[Document]:
-        return (d for d, digest in zip(inputs.train(), scan.digests, strict=True) if digest not in held)
+        return (d for d, digest in zip(inputs.train(), scan.digests, strict=False) if digest not in held)
 
     return val, train, copies - own
 

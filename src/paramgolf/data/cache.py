@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
+import shutil
+import time
 from pathlib import Path
 
 from paramgolf.errors import GolfError
 from paramgolf.files import atomic_write, sha256_file
 
+_TEMPORARY = re.compile(r"\.[0-9a-f]{20}\.\w{8}|\.hashes\.json\.\w{8}\.tmp|stdin\..*")
+_ABANDONED = 7 * 86_400.0  # seconds
 _SMALL = 1 << 22  # bytes; hashing less is not worth remembering
 
 
@@ -25,20 +31,34 @@ def cache_root() -> Path:
 
 
 def remembered_sha256(path: Path, cache: Path) -> str:
-    """SHA-256 of a file; for a large one it is remembered in `cache` under its path, size and modification time."""
+    """SHA-256 of a file; for a large one it is remembered in `cache` under its path, size and times of change."""
     try:
         state = path.stat()
         if state.st_size < _SMALL:
             return sha256_file(path)
         memory = cache / "hashes.json"
-        key = f"{path.resolve()}|{state.st_size}|{state.st_mtime_ns}"
+        # ctime too: a copy may bring its mtime along
+        key = f"{path.resolve()}|{state.st_size}|{state.st_mtime_ns}|{state.st_ctime_ns}"
         known = _known(memory)
         if key not in known:
             known = {**_known(memory), key: sha256_file(path)}
-            atomic_write(memory, json.dumps(known).encode())
+            with contextlib.suppress(GolfError):  # a cache that cannot be written only costs time
+                atomic_write(memory, json.dumps(known).encode())
         return known[key]
     except OSError as error:
         raise GolfError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def sweep(cache: Path) -> None:
+    """Remove what processes that were killed left in the cache more than a week ago."""
+    for stray in [*cache.glob(".*"), *cache.glob("stdin.*")]:
+        with contextlib.suppress(OSError):
+            if time.time() - stray.stat().st_mtime < _ABANDONED or not _TEMPORARY.fullmatch(stray.name):
+                continue
+            if stray.is_dir():
+                shutil.rmtree(stray)
+            else:
+                stray.unlink()
 
 
 def _known(memory: Path) -> dict[str, str]:

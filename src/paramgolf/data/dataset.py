@@ -63,7 +63,7 @@ class Dataset:
                 passport=passport,
                 val_sizes=[folder / shard["name"] for shard in passport["val"].get("sizes", [])],
             )
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise GolfError(f"{folder}: not a prepared dataset ({error}); prepare it again") from error
 
 
