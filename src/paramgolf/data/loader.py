@@ -88,11 +88,6 @@ class Loader:
         """Training tokens handed out so far, over all ranks."""
         return self._place.tokens
 
-    @property
-    def epoch(self) -> float:
-        """Passes over the training tokens so far."""
-        return self._place.tokens / self._stream.total
-
     def next_batch(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(x, y), int64 (rows of this rank, T) on the CPU; a rank gets no rows when there are fewer rows than ranks."""
         while len(self._ahead) < _AHEAD:

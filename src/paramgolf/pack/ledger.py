@@ -47,7 +47,6 @@ class Ledger:
     cap_bytes: int = 0
     codec: str = ""
     payload_bytes: int = 0
-    tensors: int = 0
     weights: int = 0
     fit: dict[str, Any] = field(default_factory=dict)  # what the solver chose (`solver.Fit`); empty without it
 
@@ -61,22 +60,6 @@ class Ledger:
         if self.count == "file":
             return self.file_bytes
         return self.file_bytes - self.groups.get("tokenizer", 0) + self.code_bytes
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON data for the record."""
-        return {
-            "groups": dict(self.groups),
-            "file_bytes": self.file_bytes,
-            "code_bytes": self.code_bytes,
-            "counted_bytes": self.counted_bytes,
-            "count": self.count,
-            "cap_bytes": self.cap_bytes,
-            "codec": self.codec,
-            "payload_bytes": self.payload_bytes,
-            "tensors": self.tensors,
-            "weights": self.weights,
-            "fit": self.fit,
-        }
 
 
 def attribute(parts: Mapping[str, int], tensors: Iterable[StoredTensor]) -> Ledger:
@@ -98,7 +81,8 @@ def attribute(parts: Mapping[str, int], tensors: Iterable[StoredTensor]) -> Ledg
     if extra:
         groups["extra"] = extra
     payload = sum(t.spec.nbytes for t in tensors)
-    return Ledger(groups, payload_bytes=payload, tensors=len(tensors), weights=sum(t.spec.size for t in tensors))
+    weights = sum(t.spec.size for t in tensors if not _CORRECTION.search(t.name))  # those the model was trained with
+    return Ledger(groups, payload_bytes=payload, weights=weights)
 
 
 def entropy_bits(codes: np.ndarray) -> float:

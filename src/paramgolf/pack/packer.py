@@ -234,11 +234,6 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> LoadedMo
     return LoadedModel(model.to(device).eval(), loaded.manifest, loaded.tokenizer)
 
 
-def unpack_model(path: str | Path, device: torch.device | str = "cpu") -> GPT:
-    """Only the model of `load_model`."""
-    return load_model(path, device).model
-
-
 def _model_section(manifest: Mapping[str, Any], tensors: int, path: str | Path) -> ModelSection:
     """The typed model section of a manifest. GolfError unless it is one whose layers can all be in the file."""
     try:
