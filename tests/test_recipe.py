@@ -58,6 +58,7 @@ def test_children_inherit_and_the_origin_is_known(tmp_path: Path) -> None:
         ("model.num_layers=1000000000", ["model.num_layers", "less than or equal to 4096"]),
         ("model.loop_extra=1000000000", ["model.loop_extra"]),
         ("train.threads=1000000000", ["train.threads"]),
+        ("score.lanes=1000000000", ["score.lanes", "65536"]),
         ("train.seed=100000000000000000000", ["train.seed"]),
         ("budget.steps=" + "9" * 400, ["budget.steps", "..."]),
         ("budget.steps=" + "9" * 5000, ["budget.steps", "..."]),  # more digits than Python reads

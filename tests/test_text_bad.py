@@ -154,6 +154,7 @@ def test_refusals_before_any_work(artifact: Path, tmp_path: Path, capfd: pytest.
         (["compress", source, source], "given twice"),
         (["compress", tmp_path], "is a folder"),
         (["compress", tmp_path / "none"], "no such file"),
+        (["compress", "/dev/null"], "is a pipe or device"),
         (["compress", source, "--stride", "65"], "between 1 and the window length"),
         (["compress", source, source, "-o", tmp_path / "out"], "-o names the output of one file"),
         (["decompress", source], "does not end in .gtx"),

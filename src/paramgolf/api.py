@@ -22,7 +22,7 @@ from paramgolf.errors import GolfError
 from paramgolf.files import sha256_file
 from paramgolf.model.gpt import GPT
 from paramgolf.pack.packer import load_model
-from paramgolf.recipe.sections import NgramSection
+from paramgolf.recipe.sections import MOST_LANES, NgramSection
 from paramgolf.score import sample, scorer
 from paramgolf.score.own_scorers import check_all
 from paramgolf.score.scorer import Score
@@ -32,7 +32,6 @@ from paramgolf.score.ttt.scorer import score_adapted
 Progress = Callable[[int, int], None]
 CPU_BATCH_TOKENS = 16_384  # larger batches only cost memory on a CPU
 CUDA_BATCH_TOKENS = 131_072
-MAX_LANES = 1 << 16  # whatever a file claims
 
 
 class LanguageModel:
@@ -57,7 +56,7 @@ class LanguageModel:
     @property
     def lanes(self) -> int:
         """Lanes that the artifact's own score cuts a text into, at document starts (`score.lanes`)."""
-        return min(max(1, self._score_config("lanes")), MAX_LANES)
+        return min(max(1, self._score_config("lanes")), MOST_LANES)
 
     @property
     def ngram(self) -> NgramSection:

@@ -25,7 +25,7 @@ Model = Annotated[
 ]
 Out = Annotated[Path | None, typer.Option("-o", "--out", help="Output file (of one input); '-' = stdout.")]
 Work = Callable[[Path | None, BinaryIO, BinaryIO, Callable[[int], None]], str]
-Workers = Annotated[int, typer.Option(min=0, help="Processes; 0 = one for each processor.")]
+Workers = Annotated[int, typer.Option(min=0, max=1024, help="Processes; 0 = one for each processor.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -93,7 +93,9 @@ def prove_command(
     lanes: Annotated[
         int | None,
         typer.Option(
-            min=0, help="Cut the text into so many lanes at document starts; 0 = by size. Default: the artifact's."
+            min=0,
+            max=1 << 16,
+            help="Lanes to cut the text into at document starts; 0 = by size. Default: the artifact's.",
         ),
     ] = None,
     tolerance: Annotated[float, typer.Option(min=0.0, max=0.05, help="As for compress.")] = 1e-4,
@@ -135,7 +137,8 @@ def _jobs(
     jobs = []
     for source in inputs:
         if source is not None and not source.is_file():
-            raise GolfError(f"{source}: {'is a folder' if source.is_dir() else 'no such file'}; give files")
+            what = "is a folder" if source.is_dir() else "is a pipe or device" if source.exists() else "no such file"
+            raise GolfError(f"{source}: {what}; give files, or '-' for standard input")
         target = None if str(out) == "-" else out or (name(source) if source is not None else None)
         if target is not None and target.exists():
             raise GolfError(f"{target} exists; remove it or choose another name with -o")

@@ -20,6 +20,8 @@ Count = Annotated[int, Field(ge=0, le=MOST)]
 # Of a model. Bounded, because artifacts state them too, whoever made them.
 Width = Annotated[int, Field(ge=1, le=1 << 20)]
 Layers = Annotated[int, Field(ge=1, le=4096)]
+MOST_LANES = 1 << 16
+Lanes = Annotated[int, Field(ge=1, le=MOST_LANES)]
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(ge=0, le=1e30)]  # of learning; its product with a stage's factor must be a float32
@@ -29,7 +31,7 @@ Rate = Annotated[float, Field(ge=0, le=1e30)]  # of learning; its product with a
 class DataSection:
     __pydantic_config__ = STRICT
     train: str = ""  # file, folder or glob; "" = the built-in corpus
-    val: str = ""  # validation text; "" = files named *val*, else a split of train
+    val: str = ""  # validation text; "" = files with that word in their name, else a split of train
     tokenizer: str = ""  # a SentencePiece .model used unchanged; "" = train one on the training text
     vocab_size: Annotated[int, Field(ge=260, le=65535)] = 1024
     tokenizer_text_bytes: Positive = 16_000_000  # at most so much text trains the tokenizer
@@ -213,7 +215,7 @@ class ScoreSection:
     stride: Count = 0  # sliding score beside the standard one; 0 = none
     batch_tokens: Positive = 65_536  # tokens of one scoring forward over all ranks
     windows: Literal["exact", "full_only", "with_tail"] = "exact"  # the last two = the references' window rules
-    lanes: Positive = 1  # independent lanes cut at document starts, so that a decoder can run them in parallel
+    lanes: Lanes = 1  # independent lanes cut at document starts, so that a decoder can run them in parallel
 
 
 @dataclass(frozen=True, kw_only=True)
