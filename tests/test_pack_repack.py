@@ -121,6 +121,7 @@ def test_grids_of_the_published_systems_are_opened_up(finished: Path, tmp_path: 
         (["quant.method=nothing"], "nothing"),
         (["--frontier", "pack.fit=false"], "--frontier"),
         (["-o", "{run}/model.golf"], "sealed record"),
+        (["-o", "{run}/checkpoints"], "no plain file"),
     ],
 )
 def test_what_cannot_be_packed_is_said(folder: Path, words: list[str], told: str, capfd: Any) -> None:

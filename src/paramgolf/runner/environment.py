@@ -15,7 +15,7 @@ import paramgolf
 from paramgolf.errors import GolfError
 from paramgolf.files import atomic_write, sha256_bytes
 
-SOURCE_SUFFIXES = (".py", ".toml", ".c", ".j2")
+SOURCE_SUFFIXES = (".py", ".toml", ".json", ".c", ".j2")
 MAX_SOURCE = 64 * 2**20  # bytes unpacked; ours are about one and a half million
 PACKAGES = ("numpy", "sentencepiece", "safetensors", "zstandard", "brotli")
 

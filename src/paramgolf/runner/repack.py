@@ -299,6 +299,8 @@ def repack(
     target = out or default_out(trained.folder, cap)
     if target.resolve() == trained.folder.artifact.resolve():
         raise GolfError(f"{target} belongs to the run's sealed record; choose another --out")
+    if target.exists() and not target.is_file():
+        raise GolfError(f"{target} is no plain file; choose another --out")
     if not trained.finished and say is not None:
         say(f"note: training had not ended: these are the plain weights of step {trained.step}")
     packing = Packing(trained, data_of(trained, data))
