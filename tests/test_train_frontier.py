@@ -173,7 +173,7 @@ def test_packed_rows_train_like_the_documents_they_hold(dataset: Dataset, tmp_pa
     single = train(tiny(**with_(train={"micro_batch_tokens": 32})), dataset, tmp_path / "single")
     one, eight = losses(tmp_path / "straight"), losses(tmp_path / "single")
     assert max(abs(a - b) for a, b in zip(one, eight, strict=True)) < 1e-4
-    for name, tensor in weights(straight).items():
+    for name, tensor in weights(straight).items():  # Adam makes whole steps, of 1e-3 and more, of gradients near zero
         torch.testing.assert_close(tensor, weights(single)[name], rtol=0, atol=4e-3)
     with pytest.raises(Interrupted):
         train(recipe, dataset, tmp_path / "run", callbacks=[At(5, signal.SIGTERM)])
