@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.run_common import error_line, golf, golf_here
+from tests.run_common import error_line, golf, golf_here, prose
+from tests.test_text_files import make_artifact
 
 GOLF = f"{sys.executable} -m paramgolf"
 
@@ -32,3 +33,17 @@ def test_no_character_is_beyond_the_terminal(tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_text('extends = "pocket"\ntitle = "Žluť"\n', encoding="utf-8")
     answer = golf("recipes", tmp_path / "mine.toml", env={**os.environ, "PYTHONIOENCODING": "latin-1"})
     assert (answer.code, answer.err) == (0, "") and "\\u017dlu\\u0165" in answer.out
+
+
+@pytest.mark.parametrize(
+    "option", [["sample", "m", "--seed", "-1"], ["score", "m", "--data", "t", "--seq-len", "9" * 21]]
+)
+def test_numbers_beyond_any_use_are_refused_by_name(capfd: pytest.CaptureFixture[str], option: list[str]) -> None:
+    assert option[-2] in error_line(golf_here(capfd, *option))
+
+
+def test_too_little_memory_is_one_line(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    artifact = make_artifact(tmp_path / "model.golf")
+    (tmp_path / "text").write_text(prose(3000))
+    arguments = ["score", artifact, "--data", tmp_path / "text", "--ttt", "--set", "ttt.rank=100000000000"]
+    assert "not enough memory" in error_line(golf_here(capfd, *arguments))

@@ -127,7 +127,9 @@ def test_killed_half_way(how: signal.Signals, artifact: Path, tmp_path: Path) ->
     assert not out.exists()
     if how != signal.SIGKILL:
         assert process.returncode in (128 + how, -how)  # the latter if one came when it was as good as gone
-        assert not list(tmp_path.iterdir()) and b"Traceback" not in process.stderr.read()
+        said = process.stderr.read()
+        assert not list(tmp_path.iterdir()) and b"Traceback" not in said
+        assert process.returncode != 128 + signal.SIGINT or said.endswith(b"golf: error: interrupted\n")
     process.stdin.close()
     process.stderr.close()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import signal
 import sys
 import threading
@@ -73,7 +74,9 @@ def run_command(
         typer.Option(help="Text, JSONL, parquet, a folder of them or of shards; '-' = stdin. Default: built-in text."),
     ] = "",
     out: Annotated[Path | None, typer.Option(help="Run folder. Default: runs/<recipe>-<time>.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with --out, or with the newest unfinished run of the recipe.")
+    ] = False,
     seconds: Annotated[str, typer.Option(metavar="S", help="Time budget (budget.seconds).")] = "",
     max_bytes: Annotated[str, typer.Option("--bytes", metavar="N", help="Byte cap (budget.bytes).")] = "",
     from_env: FromEnv = "",
@@ -124,7 +127,7 @@ def score_command(
     stride: Annotated[
         int | None, typer.Option(min=0, help="Also score with windows that advance by this many tokens; 0 = do not.")
     ] = None,
-    seq_len: Annotated[int, typer.Option(min=0, help="Window length; 0 = the artifact's.")] = 0,
+    seq_len: Annotated[int, typer.Option(min=0, max=1 << 20, help="Window length; 0 = the artifact's.")] = 0,
     check_legality: Annotated[
         bool, typer.Option("--check-legality", help="Test the four conditions of a legal score; exit code 1: broken.")
     ] = False,
@@ -163,7 +166,7 @@ def sample_command(
         float, typer.Option(min=0.0, max=1.0, help="Sample from the smallest set with this probability.")
     ] = 0.95,
     stop: Annotated[list[str] | None, typer.Option(help="Stop before this text (may be given several times).")] = None,
-    seed: Annotated[int, typer.Option(help="Same seed, same text.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Same seed, same text.")] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Continue a text with the model, as it is generated."""
@@ -221,6 +224,9 @@ def golf(version: Annotated[bool, typer.Option("--version", help="Print the vers
         raise typer.Exit()
 
 
+_NO_MEMORY = re.compile("out of memory|can't allocate memory")  # a RuntimeError of torch
+
+
 class _Terminated(BaseException):
     """SIGTERM. What is half-written is removed on the way out, as after Ctrl-C."""
 
@@ -244,6 +250,8 @@ def main(arguments: list[str] | None = None) -> int:
     command = typer.main.get_command(app)
     try:
         code = command.main(args=arguments, prog_name="golf", standalone_mode=False)
+        if code == 128 + signal.SIGINT:  # what the library makes of Ctrl-C
+            return _fail("interrupted", code)
         return code if isinstance(code, int) else 0
     except GolfError as error:
         said_elsewhere = error.shared and os.environ.get("RANK", "0") != "0"
@@ -257,12 +265,12 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:  # no permission, no space, a broken disk: not the program's fault
         where = f"{error.filename}: " if error.filename is not None else ""
         return _fail(f"{where}{error.strerror or error}; check the path, its permissions and free space", 2)
-    except MemoryError:
-        return _fail("not enough memory; use less data at a time, or a smaller model", 2)
     except Exception as error:
         if hasattr(error, "format_message"):  # a usage error of the command-line library
             hint = getattr(getattr(error, "ctx", None), "command_path", "golf")
             return _fail(f"{error.format_message().rstrip('.')}; see `{hint} --help`", 2)
+        if isinstance(error, MemoryError) or _NO_MEMORY.search(str(error)):
+            return _fail("not enough memory; take a smaller model, batch or window", 2)
         raise
 
 
