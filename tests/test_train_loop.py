@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 import random
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +19,7 @@ from paramgolf.errors import GolfError
 from paramgolf.model.gpt import GPT
 from paramgolf.quant.grid import Grid
 from paramgolf.recipe.sections import GridSection
+from paramgolf.runner.phases import Phases
 from paramgolf.train.assemble import hold_out
 from paramgolf.train.callbacks import JsonLines, PlainProgress, StepInfo, last_strict
 from paramgolf.train.clock import Clock
@@ -250,6 +254,17 @@ def test_the_log_is_cut_where_a_run_resumes(tmp_path: Path) -> None:
     again.on_step(StepInfo(6, 2.0, 1.0, 0.9, 6, 0.6), 0.5, torch.nn.Identity())
     again.close()
     assert [(row["step"], row["loss"]) for row in rows(tmp_path)] == [(1, 1.0), (2, 1.0), (4, 1.0), (6, 2.0)]
+
+
+def test_a_terminal_that_is_gone_ends_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    broken = os.fdopen(writer, "w")
+    monkeypatch.setattr(sys, "stderr", broken)
+    PlainProgress(every=1).note("lost")
+    Phases().note("lost")
+    with contextlib.suppress(BrokenPipeError):
+        broken.close()
 
 
 def test_plain_progress_says_what_matters(capsys: pytest.CaptureFixture[str]) -> None:

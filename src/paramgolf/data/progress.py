@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from types import TracebackType
@@ -9,6 +10,12 @@ from typing import Any
 
 _EVERY = 5.0  # seconds between plain lines
 _NAMES = {"hash": "checking files", "read": "reading", "tokenizer": "training the tokenizer", "tokenise": "tokenising"}
+
+
+def say(text: str) -> None:
+    """A line on stderr. Where nobody reads it any more, it is lost, and the work goes on."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 class ProgressReport:
@@ -52,4 +59,4 @@ class ProgressReport:
             return
         self._phase, self._last = name, now
         share = f" of {total / 1e6:.1f} MB" if total else " MB"
-        print(f"{name}: {done / 1e6:.1f}{share}", file=sys.stderr, flush=True)
+        say(f"{name}: {done / 1e6:.1f}{share}")

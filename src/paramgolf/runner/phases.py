@@ -7,6 +7,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
+from paramgolf.data.progress import say
+
 _EVERY = 15.0  # seconds between plain lines of one phase
 
 
@@ -18,7 +20,7 @@ class Phases:
 
     def note(self, text: str) -> None:
         if not self._quiet:
-            print(text, file=sys.stderr, flush=True)
+            say(text)
 
     @contextlib.contextmanager
     def of(self, what: str) -> Iterator[Callable[[int, int], None]]:

@@ -12,6 +12,7 @@ from typing import IO, Any
 
 from torch import nn
 
+from paramgolf.data.progress import say
 from paramgolf.errors import GolfError
 from paramgolf.files import atomic_write
 
@@ -161,14 +162,13 @@ class _Forecaster:
 class PlainProgress(Callback):
     """Plain lines on stderr: where there is no terminal, and in logs."""
 
-    def __init__(self, every: int, forecast: Forecast | None = None, stream: IO[str] | None = None) -> None:
+    def __init__(self, every: int, forecast: Forecast | None = None) -> None:
         self._every = every
         self._speed = _Speed()
         self._forecaster = _Forecaster(forecast)
-        self._stream = stream
 
     def note(self, text: str) -> None:
-        print(text, file=self._stream or sys.stderr, flush=True)
+        say(text)
 
     def on_step(self, info: StepInfo, fraction: float, model: nn.Module) -> None:
         self._speed.update(info, fraction)
