@@ -81,11 +81,12 @@ class Emitter:
         self.used: set[Import] = set()
 
     def definitions(self, skip: frozenset[str]) -> list[str]:
-        """All kept definitions but those of the modules `skip`, module by module; registries come last."""
+        """The kept definitions module by module, of the modules `skip` only what is called; registries come last."""
         blocks: list[str] = []
         tables: list[str] = []
+        needed = [s for s in self.reach.kept if s.module not in skip or self._is_called(s)]
         for name in self._module_order():
-            kept = {self.reach.units.place(s): s for s in self.reach.kept if s.module == name and name not in skip}
+            kept = {self.reach.units.place(s): s for s in needed if s.module == name}
             own: list[str] = []
             for place in sorted(kept):
                 symbol = kept[place]
@@ -98,6 +99,10 @@ class Emitter:
             if own:
                 blocks += [ruler(name.removeprefix("paramgolf.").replace(".", "/")), *own]
         return [*blocks, ruler("what the recipe names"), *tables] if tables else blocks
+
+    def _is_called(self, symbol: Symbol) -> bool:
+        others = (s for s in self.reach.kept if s.module != symbol.module and self.reach.chosen(s) is None)
+        return any(f"{symbol.name}(" in self.reach.units.unit(other).text for other in others)
 
     def imports(self, body: str) -> str:
         """Import lines of what `body` uses, as ruff's isort rules want them."""

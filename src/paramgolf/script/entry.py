@@ -152,9 +152,8 @@ def train_model(
 
 
 def reserve_seconds(recipe: Recipe, model: nn.Module) -> float:
-    """What follows training, where the budget must hold it too."""
-    packing = 1.0 + PACK_SECONDS * sum(p.numel() for p in model.parameters()) / 1e6
-    return selection_seconds(recipe) + (packing if recipe.budget.count_packing else 0.0)
+    """What follows training, where the budget must hold it too (`budget.count_packing`)."""
+    return selection_seconds(recipe) + 1.0 + PACK_SECONDS * sum(p.numel() for p in model.parameters()) / 1e6
 
 
 def warm_up(parts: Parts) -> None:

@@ -188,14 +188,16 @@ class _Pass(Values):
                 yield from self._expression(value, frame, test=_name == "test")
 
     def _unread(self, node: ast.For | ast.Assign, frame: Frame) -> Iterator[Edit]:
-        """An underscore before what a loop or an unpacking binds and nothing reads any more."""
+        """An underscore before what a loop or an assignment binds and nothing reads any more."""
         target = node.target if isinstance(node, ast.For) else node.targets[0]
-        if isinstance(node, ast.Assign) and not isinstance(target, ast.Tuple):
+        if isinstance(node, ast.Assign) and not isinstance(target, ast.Tuple | ast.Name):
+            return
+        if not isinstance(frame.node, FunctionNode) or content_of(frame.node).shares:
             return
         for part in ast.walk(target):
-            if not isinstance(part, ast.Name) or not isinstance(frame.node, FunctionNode):
+            if not isinstance(part, ast.Name) or part.id.startswith("_"):
                 continue
-            if not part.id.startswith("_") and part.id not in content_of(frame.node).loads:
+            if part.id not in content_of(frame.node).loads:
                 yield Edit(self.text.start(part), self.text.start(part), "_")
 
     def _part(self, part: Any, frame: Frame) -> Iterator[Edit]:
@@ -351,7 +353,7 @@ _HARMLESS = (
 _READING = frozenset({
     "len", "sorted", "set", "min", "max", "tuple", "list", "float", "int", "str", "bool", "isinstance", "get", "abs",
     "amax", "keys", "items", "values", "state_dict", "seek", "compiled_graphs", "compile", "get_frame_parameters",
-    "monotonic",
+    "monotonic", "sum", "numel", "parameters",
 })  # fmt: skip
 
 

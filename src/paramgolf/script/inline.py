@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from paramgolf.script.constants import Key
 from paramgolf.script.fold import is_harmless
-from paramgolf.script.nodes import FunctionNode, locals_of
+from paramgolf.script.nodes import FunctionNode, locals_of, walk
 from paramgolf.script.sites import Site, Sites, parameters_of
 from paramgolf.script.source import BUILTINS, Import, Symbol
 from paramgolf.script.text import Edit, Text, apply
@@ -76,6 +76,8 @@ def _moved(key: Key, value: ast.expr, site: Site, sites: Sites) -> Edit | None:
             return None
         if isinstance(argument, ast.Constant) and _is_converted(name, value):
             return None
+    if isinstance(_parent(site, sites), ast.Expr) and not isinstance(value, ast.Call):
+        return None
     imports: list[Import] = []
     for name in {load.id for load in loads} - given.keys() - bound:
         needed = _import_for(name, key[0], site, sites)
@@ -146,8 +148,12 @@ def _filled_in(value: ast.expr, given: Mapping[str, str], text: Text) -> str:
 
 def _stands_alone(site: Site, sites: Sites) -> bool:
     """Whether nothing could bind closer to the call than what is put in its place."""
-    for part in ast.walk(sites.reach.units.node(site.home)):
-        for child in ast.iter_child_nodes(part):
-            if child is site.call:
-                return isinstance(part, _OPEN) and getattr(part, "func", None) is not child
-    return False
+    parent = _parent(site, sites)
+    return isinstance(parent, _OPEN) and getattr(parent, "func", None) is not site.call
+
+
+def _parent(site: Site, sites: Sites) -> ast.AST | None:
+    for part in walk(sites.reach.units.node(site.home)):
+        if any(child is site.call for child in ast.iter_child_nodes(part)):
+            return part
+    return None

@@ -36,13 +36,14 @@ class Content:
     """What a piece of code holds, nested functions included.
 
     stores: name -> where it is bound. loads: names that are read. assigned: (target, value, annotation) of every
-    assignment, tuples taken apart. loops: (target, collection).
+    assignment, tuples taken apart. loops: (target, collection). shares: whether a name of an outer scope is bound.
     """
 
     stores: dict[str, list[ast.Name]] = field(default_factory=dict)
     loads: set[str] = field(default_factory=set)
     assigned: list[Assigned] = field(default_factory=list)
     loops: list[tuple[ast.expr, ast.expr]] = field(default_factory=list)
+    shares: bool = False
 
     @cached_property
     def flags(self) -> set[str]:
@@ -76,6 +77,8 @@ def _content(node: ast.AST) -> Content:
             found.assigned.append((part.optional_vars, part.context_expr, None))
         elif isinstance(part, ast.For | ast.comprehension):
             found.loops.append((part.target, part.iter))
+        elif isinstance(part, ast.Global | ast.Nonlocal):
+            found.shares = True
     return found
 
 

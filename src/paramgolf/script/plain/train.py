@@ -237,7 +237,8 @@ class Trainer:
         recipe, main, begun, at, timer = self.recipe, self.at, self.spent(), Position(), StepTimer()
         adam = Adam(named_parameters(self.model), betas=ADAM_BETAS)
         at_grid = GridPoint(self.model, weight_grids(self.model, recipe, recipe.quant.post_qat))
-        window = post_window(recipe, main, begun, reserve_seconds(recipe, self.model))
+        reserve = reserve_seconds(recipe, self.model) if recipe.budget.count_packing else 0.0
+        window = post_window(recipe, main, begun, reserve)
         timer.add(self.timer.mean())
         while not window.stop_reason(at, self.tokens, timer.estimate()):
             with at_grid():
