@@ -195,13 +195,12 @@ def pocket_by_width(budget: Budget) -> Recipe:
     """The pocket recipe re-sized to a cap by its width alone: the largest whose forecast fits."""
     base = load_recipe(PARENT, [f"budget.bytes={budget.bytes}", f"budget.seconds={budget.seconds}"])
     found = None
-    for dim in range(16, 2049, 16):
+    for dim in range(16, 2049, 8):
         heads = next(n for n in range(max(1, dim // HEAD), 0, -1) if dim % (2 * n) == 0)
         model = replace(base.model, dim=dim, num_heads=heads, num_kv_heads=kv_heads(heads), mlp_hidden=dim * 5 // 2)
         recipe = replace(base, model=model)
-        if file_bytes(recipe) > AIM * budget.bytes:
-            break
-        found = recipe
+        if file_bytes(recipe) <= AIM * budget.bytes:
+            found = recipe  # not the first that is too large ends it: a wider one may have fewer matrices in float16
     if found is None:
         raise GolfError(f"{budget.bytes} bytes: the pocket recipe does not fit at any width")
     return found

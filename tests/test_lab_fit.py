@@ -166,7 +166,7 @@ def test_the_closed_form_of_a_size_is_close_to_the_forecast() -> None:
     search = Search(BASE, RULE, RATES, Budget(1_000_000, 240.0), WEB)
     sizes = model_bytes(BASE, search.models)
     for model in np.random.default_rng(1).choice(len(search.models), 15, replace=False):
-        shape = Shape(*map(int, search.models[model]), 128, 2048)
+        shape = search.shape(int(model))
         for column in (0, len(COARSENESS) // 2, len(COARSENESS) - 1):
             told = file_bytes(shaped(BASE, shape, COARSENESS[column], LEAST_STEPS))
             assert sizes[model, column] <= 1.03 * told
@@ -308,7 +308,7 @@ def test_budgets_that_nothing_fits_name_what_would() -> None:
         choose(BASE, RULE, RATES, Budget(3000, 240.0), WEB)
     least = int(str(caught.value).rsplit(" ", 1)[1])
     assert choose(BASE, RULE, RATES, Budget(least, 240.0), WEB).best.bytes <= least
-    with pytest.raises(GolfError, match=r"--seconds 5: a run needs about 1. s here beside its training") as caught:
+    with pytest.raises(GolfError, match=r"--seconds 5: a run needs about \d+ s here beside its training") as caught:
         choose(BASE, RULE, RATES, Budget(1_000_000, 5.0), WEB)
     enough = float(str(caught.value).rsplit(" ", 1)[1])
     assert choose(BASE, RULE, RATES, Budget(1_000_000, enough), WEB).best.steps >= LEAST_STEPS
@@ -331,5 +331,5 @@ def test_the_sweep_covers_every_knob_and_its_recipes_are_those_of_a_fit() -> Non
 @pytest.mark.parametrize("size", [250_000, 1_000_000, 4_000_000])
 def test_the_resized_pocket_fills_the_cap_by_its_width(size: int) -> None:
     recipe = pocket_by_width(Budget(size, 120.0))
-    assert 0.75 * size < file_bytes(recipe) <= AIM * size
+    assert 0.7 * size < file_bytes(recipe) <= AIM * size
     assert (recipe.data, recipe.train, recipe.quant) == (BASE.data, BASE.train, BASE.quant)

@@ -98,8 +98,10 @@ def shaped(base: Recipe, shape: Shape, coarseness: float, steps: int) -> Recipe:
     """`base` in another shape and on other grids, with what depends on batch and number of steps (docs/fit.md)."""
     heads = shape.dim // HEAD
     # The noise of a batch's gradient falls with the root of its size, and the best rate rises with it.
-    rate = math.sqrt(shape.batch / base.train.batch_tokens)
-    rates = {key: float(f"{rate * getattr(base.optim, key):.3g}") for key in ("matrix_lr", "scalar_lr", "embed_lr")}
+    faster = math.sqrt(shape.batch / base.train.batch_tokens)
+    matrix_lr, scalar_lr, embed_lr = (
+        float(f"{faster * rate:.3g}") for rate in (base.optim.matrix_lr, base.optim.scalar_lr, base.optim.embed_lr)
+    )
     window = max(5.0, steps / 16)  # steps that the average looks back on
     return dataclasses.replace(
         base,
@@ -108,7 +110,7 @@ def shaped(base: Recipe, shape: Shape, coarseness: float, steps: int) -> Recipe:
             base.model, dim=shape.dim, num_layers=shape.layers, num_heads=heads, num_kv_heads=kv_heads(heads),
             mlp_hidden=shape.hidden,
         ),
-        optim=dataclasses.replace(base.optim, **rates),
+        optim=dataclasses.replace(base.optim, matrix_lr=matrix_lr, scalar_lr=scalar_lr, embed_lr=embed_lr),
         schedule=dataclasses.replace(base.schedule, momentum_warmup_steps=min(300, max(10, steps // 8))),
         train=dataclasses.replace(base.train, batch_tokens=shape.batch, seq_len=shape.seq_len),
         average=dataclasses.replace(base.average, decay=round(1.0 - 1.0 / window, 4)),
@@ -220,7 +222,7 @@ class Search:
         return self._exact[model]
 
     def _find(self, model: int) -> Candidate | None:
-        shape = Shape(*map(int, self.models[model]), int(SEQ_LENS[0]), int(BATCHES[0]))
+        shape = self.shape(model)
         found = self._finest(shape)
         if found is None:
             return None
@@ -233,6 +235,11 @@ class Search:
         return self.candidate(
             shape._replace(seq_len=int(self.ways[best, 0]), batch=int(self.ways[best, 1])), coarseness, size
         )
+
+    def shape(self, model: int) -> Shape:
+        """A model in its shortest rows and smallest batch."""
+        vocab, layers, dim, hidden = map(int, self.models[model])
+        return Shape(vocab, layers, dim, hidden, SEQ_LENS[0], BATCHES[0])
 
     def _finest(self, shape: Shape) -> tuple[float, int] | None:
         """(coarseness, bytes) of the finest grids whose forecast lies within the aim."""
@@ -355,7 +362,7 @@ def _why_nothing(search: Search) -> str:
     """Which of the budgets is too small, and what would do."""
     budget = search.budget
     smallest = int(np.argmin(model_bytes(search.base, search.models)[:, -1]))
-    shape = Shape(*map(int, search.models[smallest]), SEQ_LENS[0], BATCHES[0])
+    shape = search.shape(smallest)
     least = file_bytes(shaped(search.base, shape, COARSENESS[-1], LEAST_STEPS))
     if least > AIM * budget.bytes:
         enough = math.ceil(least / AIM)

@@ -6,7 +6,7 @@ import dataclasses
 import os
 import signal
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from paramgolf.data import builtin, official, sources
 from paramgolf.data.build import PASSPORT
 from paramgolf.data.dataset import Dataset
 from paramgolf.data.shards import read_header
+from paramgolf.data.sources import Document
 from paramgolf.dist import init as init_dist
 from paramgolf.errors import GolfError
 from paramgolf.files import atomic_write
@@ -145,7 +146,7 @@ def _count(data: str, field: str) -> int:
     if data:
         found, _ = sources.find(data, field)
         training = [source for source in found if not sources.is_validation(source)] or found
-        documents = (document for source in training for document in source.documents())
+        documents: Iterator[Document] = (document for source in training for document in source.documents())
     else:
         documents = builtin.documents()
     total = 0
