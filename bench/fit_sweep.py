@@ -109,7 +109,8 @@ class Sweep:
         path = self.path.with_name(f"{self.path.stem}.toml")
         atomic_write(path, to_toml(recipe).encode())
         try:
-            record = golf_run(str(path), [], train=train or train_text(), val=val or tuning_split(self.path.parent))
+            held = val or ("" if train else tuning_split(self.path.parent))
+            record = golf_run(str(path), [], train=train or train_text(), val=held)
         except RuntimeError as error:
             record = {}
             print(error, flush=True)
