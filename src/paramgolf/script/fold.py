@@ -131,7 +131,7 @@ class _Pass(Values):
         pure = node.value is None or all(is_harmless(part) for part in ast.walk(node.value))
         if isinstance(node.value, ast.Call):
             pure = pure or self.value(node.value, frame) is not UNKNOWN
-        read = content_of(frame.node).loads
+        read = content_of(frame.node).loads | content_of(frame.node).changed
         return pure and all(isinstance(name, ast.Name) and name.id not in read for name in names)
 
     def _is_inline(self, target: ast.expr, frame: Frame) -> bool:
@@ -197,7 +197,7 @@ class _Pass(Values):
         for part in ast.walk(target):
             if not isinstance(part, ast.Name) or part.id.startswith("_"):
                 continue
-            if part.id not in content_of(frame.node).loads:
+            if part.id not in content_of(frame.node).loads | content_of(frame.node).changed:
                 yield Edit(self.text.start(part), self.text.start(part), "_")
 
     def _part(self, part: Any, frame: Frame) -> Iterator[Edit]:
@@ -353,7 +353,7 @@ _HARMLESS = (
 _READING = frozenset({
     "len", "sorted", "set", "min", "max", "tuple", "list", "float", "int", "str", "bool", "isinstance", "get", "abs",
     "amax", "keys", "items", "values", "state_dict", "seek", "compiled_graphs", "compile", "get_frame_parameters",
-    "monotonic", "sum", "numel", "parameters",
+    "monotonic", "sum", "numel", "parameters", "round",
 })  # fmt: skip
 
 

@@ -35,12 +35,14 @@ class ByNode(Generic[T]):
 class Content:
     """What a piece of code holds, nested functions included.
 
-    stores: name -> where it is bound. loads: names that are read. assigned: (target, value, annotation) of every
-    assignment, tuples taken apart. loops: (target, collection). shares: whether a name of an outer scope is bound.
+    stores: name -> where it is bound. loads: names that are read. changed: those of `x += 1`. assigned: (target, value,
+    annotation) of every assignment, tuples taken apart. loops: (target, collection). shares: whether a name of an outer
+    scope is bound.
     """
 
     stores: dict[str, list[ast.Name]] = field(default_factory=dict)
     loads: set[str] = field(default_factory=set)
+    changed: set[str] = field(default_factory=set)
     assigned: list[Assigned] = field(default_factory=list)
     loops: list[tuple[ast.expr, ast.expr]] = field(default_factory=list)
     shares: bool = False
@@ -69,10 +71,10 @@ def _content(node: ast.AST) -> Content:
                     found.assigned += [(t, v, None) for t, v in zip(target.elts, part.value.elts, strict=False)]
                 else:
                     found.assigned.append((target, part.value, None))
-        elif isinstance(part, ast.AnnAssign):
-            found.assigned.append((part.target, part.value, part.annotation))
-        elif isinstance(part, ast.NamedExpr):
-            found.assigned.append((part.target, part.value, None))
+        elif isinstance(part, ast.AugAssign) and isinstance(part.target, ast.Name):
+            found.changed.add(part.target.id)
+        elif isinstance(part, ast.AnnAssign | ast.NamedExpr):
+            found.assigned.append((part.target, part.value, getattr(part, "annotation", None)))
         elif isinstance(part, ast.withitem) and part.optional_vars is not None:
             found.assigned.append((part.optional_vars, part.context_expr, None))
         elif isinstance(part, ast.For | ast.comprehension):

@@ -164,15 +164,11 @@ class Trainer:
         """What of the budget is for the main loop (see train/budget.py), with so many seconds of it used before."""
         budget = self.recipe.budget
         quant = self.recipe.quant
-        seconds = budget.seconds - spent
-        steps = budget.steps
-        tokens = budget.tokens
-        if budget.count_packing:
-            seconds -= reserve_seconds(self.recipe, self.model)
-        if quant.post_qat:
-            seconds -= quant.post_qat_frac * budget.seconds
-            steps -= max(1, round(quant.post_qat_frac * steps))
-            tokens -= max(1, round(quant.post_qat_frac * tokens))
+        post = quant.post_qat_frac
+        used = spent + reserve_seconds(self.recipe, self.model) if budget.count_packing else spent
+        seconds = budget.seconds * (1.0 - post) - used if quant.post_qat else budget.seconds - used
+        steps = budget.steps - max(1, round(post * budget.steps)) if quant.post_qat else budget.steps
+        tokens = budget.tokens - max(1, round(post * budget.tokens)) if quant.post_qat else budget.tokens
         return Window(
             max(LEAST_SECONDS, seconds) if budget.seconds else 0.0,
             max(1, steps) if budget.steps else 0,
