@@ -151,7 +151,7 @@ def main() -> None:
     result = {
         "cap_bytes": cap, "val_bpb_float": bench.floats, "schemes": bench.rows, "plain": rtn["name"],
         "ratio": best["gap"] / rtn["gap"], "ratio_to_one_k": best["gap"] / one_k["gap"], "target": TARGET,
-        "run": str(options.run or "pocket, trained here"), "machine": environment(),
+        "run": options.run.name if options.run else "pocket, trained here", "machine": environment(),
     }  # fmt: skip
     atomic_write(options.json, json.dumps(result, indent=1).encode() + b"\n")
     print(f"gptq + solver costs {result['ratio']:.3f} of {rtn['name']} (target {TARGET}), "
