@@ -79,7 +79,7 @@ def _moved(key: Key, value: ast.expr, site: Site, sites: Sites) -> Edit | None:
     if isinstance(_parent(site, sites), ast.Expr) and not isinstance(value, ast.Call):
         return None
     imports: list[Import] = []
-    for name in {load.id for load in loads} - given.keys() - bound:
+    for name in sorted({load.id for load in loads} - given.keys() - bound):
         needed = _import_for(name, key[0], site, sites)
         if needed is None:
             return None

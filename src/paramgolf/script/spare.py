@@ -45,8 +45,8 @@ def without_spare(sites: Sites) -> dict[Place, str]:
         else:
             for home, found in changes:
                 home.edits += found
-    found = {symbol: apply(home.text.data.decode(), home.edits) for symbol, home in written.items() if home.edits}
-    return {units.place(symbol): text for symbol, text in found.items()}
+    texts = {symbol: apply(home.text.data.decode(), home.edits) for symbol, home in written.items() if home.edits}
+    return {units.place(symbol): text for symbol, text in texts.items()}
 
 
 def _names(key: Key, sites: Sites) -> tuple[list[str], list[str]]:
