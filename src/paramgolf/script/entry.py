@@ -134,11 +134,12 @@ def train_model(
     """The trained weights in a model of their own, in evaluation mode, and the name of the activations' type."""
     section, lines = recipe.train, StepLines(log)
     chosen = runtime.configure(section, dist.device)
-    parts, held_out = assemble(recipe, shards, vocab_size, chosen.dtype, clock, dist, lines, Interrupts())
+    # A stopwatch has what the training loop uses of a clock.
+    parts, held_out = assemble(recipe, shards, vocab_size, chosen.dtype, clock, dist, lines, Interrupts())  # type: ignore[arg-type]
     if section.compile == "on" or (section.compile == "auto" and dist.device.type == "cuda"):
         warm_up(parts)  # and again from the start: the compiled code stays
         runtime.seed_all(section.seed)
-        parts, held_out = assemble(recipe, shards, vocab_size, chosen.dtype, clock, dist, lines, Interrupts())
+        parts, held_out = assemble(recipe, shards, vocab_size, chosen.dtype, clock, dist, lines, Interrupts())  # type: ignore[arg-type]
         parts.model.compile_regions()
     model, trainer = parts.model, Trainer(parts)
     log.note(f"model_params:{sum(p.numel() for p in model.parameters())}")
