@@ -108,7 +108,8 @@ def test_bench_measures_and_compares_with_itself() -> None:
 def test_a_run_records_its_speed_and_feeds_a_tracker(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "text.txt").write_text(prose())
     module = tmp_path / "wandb.py"  # stands in for the service's client: the same calls, kept in a file
-    module.write_text(textwrap.dedent(f"""
+    module.write_text(
+        textwrap.dedent(f"""
         import json, pathlib
         out = pathlib.Path({str(tmp_path / "sent.jsonl")!r})
         class Run:
@@ -117,7 +118,8 @@ def test_a_run_records_its_speed_and_feeds_a_tracker(tmp_path: Path, capfd: pyte
         def init(project, name, dir, config):
             assert project == "paramgolf" and config["train"]["seed"] == 1337
             return Run()
-    """))
+    """)
+    )
     sys.path.insert(0, str(tmp_path))
     try:
         words = [w for w in TINY if "budget.steps" not in w]

@@ -13,7 +13,7 @@ from paramgolf.submit.audit.execute import check as run_model
 from paramgolf.submit.audit.folder import read_submission
 from tests.test_submit_audit import packed
 
-SCRIPT = '''
+SCRIPT = """
 import os
 import torch
 import torch.nn.functional as F
@@ -48,7 +48,7 @@ def main():
 
 if __name__ == "__main__":
     main()
-'''
+"""
 
 
 def codes(tmp_path: Path, text: str, seconds: float = 120.0) -> dict[str, str]:

@@ -1,4 +1,4 @@
 """Numbers produced by the public reference scripts; our code must reproduce them.
 
-    python -m tests.parity DIR [--only KIND]
+python -m tests.parity DIR [--only KIND]
 """

@@ -62,9 +62,7 @@ def _improvements(groups: list[Group], against: float | None, metric: str) -> np
     return np.array([scores[0][seed] - scores[1][seed] for seed in sorted(scores[0].keys() & scores[1].keys())])
 
 
-def _with_more(
-    groups: list[Group], workers: int, program: tuple[str, ...], note: Callable[[str], None]
-) -> list[Group]:
+def _with_more(groups: list[Group], workers: int, program: tuple[str, ...], note: Callable[[str], None]) -> list[Group]:
     """The groups with one more seed that all of them have: partners of unpaired runs first, then a new seed."""
     seeds = [{run.seed for run in group.runs} for group in groups]
     everyone = {seed for own in seeds for seed in own}
