@@ -167,11 +167,13 @@ class _Search:
             else:
                 low, cheap = middle, choice
         left = target - self._estimate(dear)
-        for index, group in enumerate(self.groups):  # where the curves are not convex, a price leaves a gap
-            finer = min(cheap[index], group.within(group.bytes[dear[index]] + left))
-            if finer > dear[index]:
-                left -= float(group.bytes[finer] - group.bytes[dear[index]])
-                dear[index] = finer
+        # Where the curves are not convex, a price leaves a gap: filled between the two plans first, then by any group.
+        for ends in (cheap, [len(group.bytes) - 1 for group in self.groups]):
+            for index, group in enumerate(self.groups):
+                finer = min(ends[index], group.within(group.bytes[dear[index]] + left))
+                if finer > dear[index]:
+                    left -= float(group.bytes[finer] - group.bytes[dear[index]])
+                    dear[index] = finer
         return dear
 
     def _encode(self, choice: list[int]) -> int:

@@ -227,7 +227,10 @@ class Job:
             )  # fmt: skip
 
     def _forecast(self, model: torch.nn.Module) -> str:
-        size = forecast(model.state_dict(), self.recipe, tokenizer_bytes=len(self.tokenizer_bytes))
+        try:
+            size = forecast(model.state_dict(), self.recipe, tokenizer_bytes=len(self.tokenizer_bytes))
+        except GolfError:  # weights that no grid holds: training goes on, or ends at its next loss
+            return "cannot be packed as it is"
         self.forecasts.append({"seconds": self.clock.strict(), "bytes": size})
         cap = self.recipe.budget.bytes
         return f"{size:,} bytes" + (f" ({100 * size / cap:.1f} % of the cap)" if cap else "")
