@@ -103,8 +103,16 @@ def _result(name: str, size: int, began: float, middle: float, right: bool) -> d
     end = time.perf_counter()
     if not right:
         raise SystemExit(f"{name} does not give its input back")
-    peak = 1024 * max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    peak = max(own_peak(), 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
     return {"bytes": size, "encode_s": round(middle - began, 3), "decode_s": round(end - middle, 3), "peak_bytes": peak}
+
+
+def own_peak() -> int:
+    """Most memory this process held, in bytes. Linux counts in `ru_maxrss` what the parent held when it forked, too."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        return next(1024 * int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def save(path: Path, arrays: Arrays, scales: list[np.ndarray] | None) -> None:
