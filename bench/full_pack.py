@@ -72,6 +72,7 @@ def main() -> None:
         result = repack(run, cap=options.bytes, out=Path(folder, "packed.golf"), overrides=words, say=print)
         total = time.perf_counter() - begun
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    del result["artifact"], result["run"]  # in a scratch folder
     result |= {
         "total_seconds": total, "limit_seconds": LIMIT_SECONDS, "peak_memory_bytes": peak,
         "calibration_tokens": CALIBRATION, "machine": environment(),
