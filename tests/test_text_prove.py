@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ import pytest
 import sentencepiece
 
 from paramgolf.api import load
-from paramgolf.data.build import VAL_TEXT
 from paramgolf.data.cache import cache_root
 from paramgolf.data.shards import write_shard
 from paramgolf.data.sources import SEPARATOR
@@ -121,8 +121,7 @@ def test_a_run_with_lanes_and_its_proof(text: Path, tmp_path: Path, capfd: pytes
     data = [f"data.train={tmp_path / 'train.txt'}", f"data.val={text}"]
     record = run(load_recipe("pocket", [*TINY, *data, "score.stride=0", "score.lanes=3"]), out=folder.root)
     assert record is not None and record["lanes"] == 3 and load(folder.artifact).lanes == 3
-    val = cache_root() / record["data"]["key"][:20] / VAL_TEXT
-    shown = golf_here(capfd, "prove", folder.root, "--data", val)
+    shown = golf_here(capfd, "prove", folder.root)
     assert shown.code == 0 and "recorded in" in shown.err and "3 lanes" in shown.out
     after = folder.read_record()
     assert after is not None and after["proof"]["validation"] and after["proof"]["lanes"] == 3
@@ -132,6 +131,10 @@ def test_a_run_with_lanes_and_its_proof(text: Path, tmp_path: Path, capfd: pytes
     assert "proved: " in summary_text(after) and "proved: " not in summary_text(record)
     page = folder.report.read_text()
     assert "<h2>Proof</h2>" in page and f"{after['proof']['file_bytes']:,}" in page
+    shutil.copy(folder.artifact, tmp_path / "model.golf")
+    assert "give documents by --data" in error_line(golf_here(capfd, "prove", tmp_path / "model.golf"))
+    shutil.rmtree(cache_root() / record["data"]["key"][:20])
+    assert "is not kept here" in error_line(golf_here(capfd, "prove", folder.root))
 
 
 def test_shards_are_proved_as_tokens(artifact: Path, text: Path, tmp_path: Path) -> None:

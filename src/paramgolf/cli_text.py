@@ -87,7 +87,13 @@ def decompress_command(files: Files = None, model: Model = None, out: Out = None
 
 def prove_command(
     artifact: Annotated[Path, typer.Argument(help="A model.golf file, or the folder of the run that made it.")],
-    data: Annotated[str, typer.Option(help="The documents, or shards; of a folder its validation part; '-' = stdin.")],
+    data: Annotated[
+        str,
+        typer.Option(
+            help="The documents, or shards; of a folder its validation part; '-' = stdin. Default: what the run was "
+            "scored on."
+        ),
+    ] = "",
     limit: Annotated[int, typer.Option(min=0, help="Prove the first so many bytes; 0 = all.")] = 0,
     stride: Annotated[int, typer.Option(min=0, help="Windows that advance by this many tokens; 0 = standard.")] = 0,
     lanes: Annotated[
@@ -110,9 +116,10 @@ def prove_command(
 ) -> None:
     """Code documents with the model, decode them in another process, compare: the score as the size of a file."""
     path = artifact_path(artifact)
-    from paramgolf.runner.proof import proof_text, record_of, record_proof
+    from paramgolf.runner.proof import own_validation, proof_text, record_of, record_proof
     from paramgolf.text.prove import prove, ttt_section
 
+    data = data or own_validation(artifact)
     recorded = record_of(artifact) is not None  # or refused, before any work
 
     def say(line: str) -> None:

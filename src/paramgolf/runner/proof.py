@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+from paramgolf.data.cache import cache_root
 from paramgolf.errors import GolfError
 from paramgolf.files import sha256_file
 from paramgolf.recipe.load import load_recipe
@@ -49,6 +51,19 @@ def record_proof(artifact: Path, proof: dict[str, Any]) -> str:
     except OSError as error:
         raise GolfError(f"{folder.record} cannot be written: {error.strerror}; the proof is not recorded") from error
     return f"recorded in {folder.record}"
+
+
+def own_validation(artifact: Path) -> str:
+    """The prepared data, validation set and all, of the run that made the artifact. GolfError where it is not kept."""
+    folder = _folder(artifact)
+    try:
+        key = str(json.loads(folder.data.read_text(encoding="utf-8"))["key"])
+    except (OSError, ValueError, TypeError, KeyError):
+        raise GolfError(f"{artifact} is of no run that says which data it had; give documents by --data") from None
+    kept = cache_root() / key[:20]
+    if not kept.is_dir():
+        raise GolfError(f"the data of {folder.root} is not kept here; give its validation text by --data")
+    return str(kept)
 
 
 def _folder(artifact: Path) -> RunFolder:
