@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import threading
 import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.runs import golf_run
+from bench.runs import golf_run, on_cores
 from bench.webtext import train_text, tuning_split
 from paramgolf.data.cache import cache_root
 from paramgolf.errors import GolfError
@@ -85,7 +86,7 @@ class Results:
     """The runs of a file, each done once."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self._writing = path, threading.Lock()
         self.data: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"runs": []}
 
     @property
@@ -111,10 +112,11 @@ class Results:
             run |= {key: record.get(key) for key in KEYS}
         except RuntimeError as error:
             run["failed"] = str(error).rpartition(" ended with ")[2]
-        self.runs.append(run)
-        self.data["machine"] = environment()
-        atomic_write(self.path, (json.dumps(self.data, indent=1) + "\n").encode())
-        print(json.dumps(run), flush=True)
+        with self._writing:
+            self.runs.append(run)
+            self.data["machine"] = environment()
+            atomic_write(self.path, (json.dumps(self.data, indent=1) + "\n").encode())
+            print(json.dumps(run), flush=True)
 
 
 def value(run: Run, score: str) -> float:
@@ -226,6 +228,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, default=Path("results/ablation.json"))
     parser.add_argument("--seconds", type=float, default=60.0, help="of training, each run")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=1, help="runs at once, each on a core of its own")
     parser.add_argument("--only", action="append", default=[], metavar="NAME", help="a component; may be repeated")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="in all runs")
     parser.add_argument("--table", action="store_true", help="run nothing")
@@ -245,9 +248,9 @@ def main() -> None:
             def golf(words: list[str]) -> dict[str, Any]:
                 return golf_run(series.recipe, [*series.common, *words], train=train, val=held)
 
-            for seed in range(1, options.seeds + 1):  # in turn, so that a machine that slows down slows all
-                for overrides in dict.fromkeys([(), *(component.set for component in series.components)]):
-                    results.do(golf, overrides, setting, seed)
+            every = dict.fromkeys([(), *(component.set for component in series.components)])
+            jobs = [(overrides, seed) for seed in range(1, options.seeds + 1) for overrides in every]
+            on_cores(lambda job: results.do(golf, job[0], setting, job[1]), jobs, options.workers)
         print(tables(series, results))
         if options.page:
             page = with_tables(options.page.read_text(encoding="utf-8"), tables(load_series(), results))

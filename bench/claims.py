@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bench.runs import golf_run
+from bench.runs import golf_run, on_cores
 from bench.webtext import SEPARATOR, train_text, tuning_split
 from paramgolf.data.cache import cache_root
 from paramgolf.lab import stats
@@ -147,8 +148,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=1_500_000)
     parser.add_argument("--only", default="", help="arms, comma between them")
+    parser.add_argument("--workers", type=int, default=1, help="runs at once, each on a core of its own")
     parser.add_argument("--table", action="store_true", help="run nothing")
     options = parser.parse_args()
+    writing = threading.Lock()
     path: Path = options.json
     data: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"runs": {}, "tokens": options.tokens}
     if data["tokens"] != options.tokens and not options.table:
@@ -158,14 +161,18 @@ def main() -> None:
         data["machine"] = environment()
         path.parent.mkdir(parents=True, exist_ok=True)
         held = held_text(cache_root())
-        for seed in range(1, options.seeds + 1):
-            for arm in arms:
-                if (key := f"{arm} {seed}") not in data["runs"]:
-                    overrides = [f"budget.tokens={options.tokens}", f"train.seed={seed}", *ARMS[arm]]
-                    record = golf_run(RECIPE, overrides, train=train_text(), val=held)
-                    data["runs"][key] = {name: record.get(name) for name in KEYS}
-                    path.write_text(json.dumps(data, indent=1) + "\n")
-                    print(f"{key}: {json.dumps(data['runs'][key])}", flush=True)
+
+        def run(job: tuple[int, str]) -> None:
+            seed, arm = job
+            overrides = [f"budget.tokens={options.tokens}", f"train.seed={seed}", *ARMS[arm]]
+            record = golf_run(RECIPE, overrides, train=train_text(), val=held)
+            with writing:
+                data["runs"][f"{arm} {seed}"] = {name: record.get(name) for name in KEYS}
+                path.write_text(json.dumps(data, indent=1) + "\n")
+                print(f"{arm} {seed}: {json.dumps(data['runs'][f'{arm} {seed}'])}", flush=True)
+
+        jobs = [(seed, arm) for seed in range(1, options.seeds + 1) for arm in arms]
+        on_cores(run, [(seed, arm) for seed, arm in jobs if f"{arm} {seed}" not in data["runs"]], options.workers)
     print(table(data))
 
 

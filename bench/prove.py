@@ -12,6 +12,7 @@ Rows are kept in FILE as they end, so that `--only` can measure some of them aga
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import json
 import lzma
@@ -52,6 +53,14 @@ from paramgolf.text.stream import Crew, default_workers, one_thread
 LIMITS = {0.0: 0.001, 1e-5: 0.005, 1e-4: 0.015}  # tolerance: what the proof may cost
 SPARE = 3.0  # times the largest difference seen must fit in the default tolerance
 FULL = ["model.mlp_hidden=1536", "train.seq_len=1024", "budget.bytes=0", "pack.codec=raw"]
+# Runs a command and writes what the largest of its processes held. Started from here, a process would be said to have
+# held what this one holds: Linux counts in `ru_maxrss` the memory that it shared with its parent before it began.
+PEAK = """
+import resource, subprocess, sys
+code = subprocess.call(sys.argv[2:])
+open(sys.argv[1], "w").write(str(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss))
+sys.exit(code)
+"""
 Rows = dict[str, Any]
 Levels = Sequence[NgramLevel]
 
@@ -59,19 +68,18 @@ Levels = Sequence[NgramLevel]
 def run_golf(*arguments: str, stdin: Path | None = None, stdout: Path | None = None) -> tuple[float, int, str]:
     """(seconds, bytes of the largest of its processes, what it printed) of one command."""
     command = [sys.executable, "-m", "paramgolf", *arguments]
-    with (stdin or Path(os.devnull)).open("rb") as given, tempfile.TemporaryFile() as printed:
-        kept = stdout.open("wb") if stdout else None
+    with contextlib.ExitStack() as held:
+        given = held.enter_context((stdin or Path(os.devnull)).open("rb"))
+        folder = Path(held.enter_context(tempfile.TemporaryDirectory()))
+        printed = held.enter_context((stdout or folder / "printed").open("w+b"))
+        peak = folder / "peak"
         began = time.monotonic()
-        process = subprocess.Popen(command, stdin=given, stdout=kept or printed)
-        _, status, usage = os.wait4(process.pid, 0)
+        code = subprocess.call([sys.executable, "-c", PEAK, str(peak), *command], stdin=given, stdout=printed)
         seconds = time.monotonic() - began
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if kept:
-            kept.close()
-        if process.returncode:
-            raise RuntimeError(f"{' '.join(command)} ended with code {process.returncode}")
+        if code:
+            raise RuntimeError(f"{' '.join(command)} ended with code {code}")
         printed.seek(0)
-        return seconds, usage.ru_maxrss * 1024, printed.read().decode()
+        return seconds, 1024 * int(peak.read_text()), "" if stdout else printed.read().decode()
 
 
 def overhead(options: argparse.Namespace, text: Path) -> Rows:

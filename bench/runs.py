@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import itertools
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from paramgolf.data.cache import cache_root
+
+Job = TypeVar("Job")
 
 
 def shared(*parts: str) -> Path:
@@ -37,3 +41,28 @@ def golf_run(
         if answer.returncode:
             raise RuntimeError(f"{' '.join(command)} ended with code {answer.returncode}")
         return json.loads(answer.stdout)
+
+
+def on_cores(work: Callable[[Job], None], jobs: Iterable[Job], workers: int) -> None:
+    """`work` on every job, in turn; with several `workers` so many at once, each with a core of its own, which the
+    processes that it starts share. Ends with the first error."""
+    if workers < 2:
+        for job in jobs:
+            work(job)
+        return
+    cores = sorted(os.sched_getaffinity(0))
+    if workers > len(cores):
+        sys.exit(f"bench: --workers {workers} on {len(cores)} cores; give each its own")
+    turn = itertools.count()
+
+    def settle() -> None:
+        os.sched_setaffinity(0, {cores[next(turn)]})  # of this thread, and of what it starts
+
+    with concurrent.futures.ThreadPoolExecutor(workers, initializer=settle) as pool:
+        running = [pool.submit(work, job) for job in jobs]
+        try:
+            for one in concurrent.futures.as_completed(running):
+                one.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise

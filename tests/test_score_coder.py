@@ -104,7 +104,7 @@ def test_size_is_close_to_the_ideal(tolerance: float, allowed: float) -> None:
     data, logits, tokens = encode(tolerance, lengths, seed=9)
     picked = torch.log_softmax(logits.double(), -1).gather(1, torch.from_numpy(tokens)[:, None])
     ideal = -picked.sum().item() / np.log(2) / 8
-    fixed = 16 + len(lengths) * (rans.STATE_BYTES + 2)  # what does not grow with the text
+    fixed = 20 + 2 * len(lengths)  # what does not grow with the text
     assert len(data) - fixed <= ideal * (1 + allowed)
     assert len(data) >= ideal * 0.999
 
@@ -151,20 +151,20 @@ def test_broken_models_are_refused() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 5), st.integers(0, 80), st.integers(0, 10**6))
-def test_rans_returns_bits_and_seals(lanes: int, steps: int, seed: int) -> None:
+def test_rans_returns_bits_and_the_seal(lanes: int, steps: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     zero = rng.integers(1, rans.ONE + 1, (steps, lanes))
     zero[rng.random(zero.shape) < 0.3] = rans.ONE
     bits = rng.random((steps, lanes)) * rans.ONE >= zero
-    seals = rng.integers(0, 1 << rans.SEAL_BITS, lanes)
-    writer = rans.Writer(seals)
+    seal = int(rng.integers(0, 1 << rans.SEAL_BITS))
+    writer = rans.Writer(seal)
     cut = steps // 3
     writer.write(zero[cut:], bits[cut:])
     writer.write(zero[:cut], bits[:cut])
-    reader = rans.Reader(writer.finish(), lanes)
+    reader = rans.Reader(writer.finish())
     for step in range(steps):
         np.testing.assert_array_equal(reader.read(zero[step]), bits[step])
-    np.testing.assert_array_equal(reader.seals(), seals)
+    assert reader.seal() == seal and not reader.overrun
 
 
 @given(st.floats(-20, 20), st.floats(0, 5))

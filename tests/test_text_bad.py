@@ -51,7 +51,7 @@ def file_size_limit(size: int) -> Iterator[None]:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda data: data[:4] + b"\x02" + data[5:], "format version 2"),
+        (lambda data: data[:4] + b"\x09" + data[5:], "format version 9"),
         (lambda data: b"\x1f\x8b" + data[2:], "not made by golf compress"),
         (lambda data: data[:30] + b"\xff" + data[31:], "checksum of the header"),
         (lambda data: data[: len(data) // 2], "too early"),

@@ -6,7 +6,7 @@ log-odds of a decision are read off the model's logits, replaced by a cell of a 
 decoder the token-by-token path with a KV cache, another thread count or another machine: as long as their log-odds
 differ by no more than the tolerance in the header, decoding is exact. Proof and costs: docs/coder.md.
 
-Lanes are independent token streams coded side by side; a lane's tokens are coded in order.
+Lanes are independent token streams; a step codes the next token of each, a lane's tokens come in order.
 """
 
 from __future__ import annotations
@@ -32,8 +32,7 @@ _WIDTHS = tuple(round(4096 * 2.0**-k) for k in np.arange(6.0, -1.01, -0.25))  # 
 # none, and naming the first such place costs 2.1 bits for each of them; a flag at each decision would cost about 13.
 _HITS = 2.0
 _BITS_A_HIT = 2.11
-_HEADER = struct.Struct("<BfBBB")  # version, tolerance, index of the cell width, places, stay; then varints
-VERSION = 1
+_HEADER = struct.Struct("<fBBB")  # tolerance, index of the cell width, places, stay; then varints
 MAX_LENGTH = 2**40
 _SEAL_MASK = (1 << rans.SEAL_BITS) - 1
 
@@ -53,7 +52,7 @@ def masses(logits: torch.Tensor, mixture: Mixture | None = None) -> list[torch.T
     top = x.amax(dim=-1, keepdim=True)
     if not bool(torch.isfinite(top).all()):
         raise CheckFailed("the model gives logits that are not finite numbers: nothing can be coded with it")
-    leaves = torch.exp((x - top).clamp_min(-FLOOR))
+    leaves = (x - top).clamp_min_(-FLOOR).exp_()
     if mixture is not None:
         factor, rows, tokens, gains = (
             torch.from_numpy(part).to(x.device)
@@ -183,17 +182,17 @@ class Encoder:
             pending.clear()
 
     def finish(self) -> bytes:
-        """The coded stream: header, lengths, states, words."""
+        """The coded stream: header, lengths, state, words."""
         s, lanes = self.settings, len(self._blocks)
         for lane in range(lanes):
             self._close_block(lane)
-        writer = rans.Writer(np.array(self._checks) & _SEAL_MASK)
+        writer = rans.Writer(_seal(self._checks))
         for index in range(max(map(len, self._blocks)) - 1, -1, -1):
             now = [blocks[index] if index < len(blocks) else None for blocks in self._blocks]
             self._write_tokens(writer, now)
             self._write_places(writer, now)
         width = _WIDTHS.index(s.grid.width_4096)
-        head = _HEADER.pack(VERSION, s.tolerance, width, s.grid.shifts, s.stay)
+        head = _HEADER.pack(s.tolerance, width, s.grid.shifts, s.stay)
         lengths = np.diff(self._lengths, prepend=0)
         signed = np.where(lengths < 0, -2 * lengths - 1, 2 * lengths)
         return head + b"".join(_varint(int(n)) for n in (s.block, s.vocab_size, lanes, *signed)) + writer.finish()
@@ -207,7 +206,7 @@ class Encoder:
             if block is not None:
                 zero[: len(block.tokens), :, lane] = block.zero_freq
                 bits[: len(block.tokens), :, lane] = _bits(block.tokens, depth)
-        writer.write(zero.reshape(-1, len(now)), bits.reshape(-1, len(now)))
+        writer.write(zero, bits)
 
     def _write_places(self, writer: rans.Writer, now: list[_Block | None]) -> None:
         """A lane's place is a row of 1 ("the next") ended by a 0, which the last place does without."""
@@ -254,9 +253,7 @@ class Decoder:
         """Raises GolfError if `data` is not a coded stream."""
         if len(data) < _HEADER.size:
             raise GolfError(f"not a coded stream: {len(data)} bytes are less than its header")
-        version, tolerance, width, shifts, stay = _HEADER.unpack_from(data)
-        if version != VERSION:
-            raise GolfError(f"coded stream of version {version}: this program reads version {VERSION}")
+        tolerance, width, shifts, stay = _HEADER.unpack_from(data)
         (block, vocab_size, lanes), at = _read_varints(data, _HEADER.size, 3)
         sane = 0 <= tolerance <= 1 and width < len(_WIDTHS) and 1 <= shifts <= MAX_SHIFTS and stay and block
         if not sane or not 2 <= vocab_size <= 65536 or not 1 <= lanes <= len(data):
@@ -266,7 +263,7 @@ class Decoder:
         self.lengths = np.cumsum(np.where(signed % 2, -(signed + 1) // 2, signed // 2))  # tokens of each lane, int64
         if self.lengths.min() < 0 or self.lengths.max() > MAX_LENGTH:
             raise GolfError("the header of the coded stream is damaged: a lane has an impossible length")
-        self._reader = rans.Reader(data[at:], len(self.lengths))
+        self._reader = rans.Reader(data[at:])
         self._place = np.zeros(len(self.lengths), np.int64)
         self._checks = [0] * len(self.lengths)
         self.position = 0  # tokens decoded of every lane
@@ -319,8 +316,7 @@ class Decoder:
 
     def finish(self) -> None:
         """Raises CheckFailed unless every token came back as it went in."""
-        seals = self._reader.seals() if self.done else None
-        if seals is None or not np.array_equal(seals, np.array(self._checks) & _SEAL_MASK):
+        if not self.done or self._reader.seal() != _seal(self._checks):
             raise self._wrong()
 
     def _wrong(self) -> CheckFailed:
@@ -328,6 +324,11 @@ class Decoder:
             "the decoded tokens do not match their checksum: the stream or the model is not the one it was coded "
             f"with, or this machine's log-odds differ by more than the tolerance of {self.settings.tolerance:g}"
         )
+
+
+def _seal(checks: list[int]) -> int:
+    """Of the lanes' checksums."""
+    return zlib.crc32(np.array(checks, "<u4").tobytes()) & _SEAL_MASK
 
 
 def _varint(value: int) -> bytes:

@@ -32,7 +32,7 @@ from paramgolf.text.format import ID_BYTES, MAX_WINDOW, Content, Frame, Header, 
 from paramgolf.text.pieces import MAX_LANES, place_to_cut
 
 TOLERANCE = 1e-4  # log-odds; a few times what thread counts, batch shapes and devices were seen to change
-LANE_BYTES, LEAST_LANE = 16384, 4096  # each lane costs 6 bytes
+LANE_BYTES, LEAST_LANE = 16384, 4096  # each lane costs 2 bytes
 CACHE_BYTES = 1 << 30  # of the decoder, for the keys and values of all lanes
 _SETTLED = 0.03  # a block that zstd shrinks to less is not worth another try
 _SAMPLES, _SAMPLE_BYTES = 4, 4096

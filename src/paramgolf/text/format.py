@@ -18,7 +18,7 @@ from paramgolf.errors import GolfError
 from paramgolf.pack.wire import Reader, varint
 
 MAGIC = b"\x89GTX"
-VERSION = 1
+VERSION = 2
 ID_BYTES = 16  # of the model's SHA-256 and of the content's
 MAX_RAW = 1 << 30  # bytes that one frame may stand for
 MAX_TOTAL = 1 << 62
@@ -113,7 +113,8 @@ def read_header(reader: StreamReader) -> Header:
         raise GolfError(f"{reader.where} was not made by golf compress; give a file that was")
     version = reader.u8()
     if version != VERSION:
-        raise GolfError(f"{reader.where} has format version {version}, this program reads {VERSION}; use a newer one")
+        other = "a newer" if version > VERSION else "an older"
+        raise GolfError(f"{reader.where} has format version {version}, this program reads {VERSION}; use {other} one")
     body = magic + bytes([version]) + reader.take(_HEADER.size - 5)
     if int.from_bytes(reader.take(4), "little") != zlib.crc32(body):
         raise reader.fault("a wrong checksum of the header")
