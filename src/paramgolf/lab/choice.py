@@ -125,18 +125,10 @@ def shaped(base: Recipe, shape: Shape, coarseness: float, steps: int) -> Recipe:
     )  # fmt: skip
 
 
-def correction_bytes(recipe: Recipe) -> int:
-    """At the most, of the low-rank corrections: the forecast of the file leaves them out."""
-    model, rank = recipe.model, recipe.quant.lqer_rank
-    sides = [recipe.data.vocab_size + model.dim, *[model.dim + model.mlp_hidden] * (2 * model.num_layers)]
-    return sum(sorted((rank * side // 2 + 64 for side in sides), reverse=True)[: recipe.quant.lqer_tensors])
-
-
 def file_bytes(recipe: Recipe) -> int:
     """Expected bytes of the file of a recipe whose tokenizer is trained on its text."""
     vocab = recipe.data.vocab_size
-    sizes = plan_bytes(recipe, vocab, tokenizer_bytes=round(TOKENIZER_BYTES_A_PIECE * vocab))
-    return sizes.typical_bytes + correction_bytes(recipe)
+    return plan_bytes(recipe, vocab, tokenizer_bytes=round(TOKENIZER_BYTES_A_PIECE * vocab)).typical_bytes
 
 
 # -- the search ------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from paramgolf.data.shards import read_header
 from paramgolf.data.sources import Document
 from paramgolf.dist import init as init_dist
 from paramgolf.errors import GolfError
-from paramgolf.files import atomic_write
+from paramgolf.files import atomic_write, user_path
 from paramgolf.lab.choice import LEAST_STEPS, Budget, Choice, Text, choose, shaped
 from paramgolf.lab.fit_text import fit_text, recipe_toml
 from paramgolf.lab.jobs import GOLF, Stop, interruptible
@@ -109,7 +109,7 @@ def look_at(data: str, base: Recipe) -> Text:
     """
     if data == "-":
         raise GolfError("--data -: the text is read more than once; write it to a file and name that")
-    folder = Path(data).expanduser()
+    folder = user_path(data)
     if data and folder.is_dir() and (folder / PASSPORT).is_file():
         text = _of_dataset(Dataset.open(folder))
     elif data and folder.is_dir() and official.has_shards(folder):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import tomli_w
 
+from paramgolf.files import user_path
 from paramgolf.lab.choice import Choice
 from paramgolf.lab.sizing import Rates
 from paramgolf.recipe.load import SECTIONS, to_table
@@ -55,7 +55,7 @@ def _changed(values: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
 
 def _absolute(data: str) -> str:
     """Where the text lies, wherever the recipe is run from; a glob as it is, from the root."""
-    return str(Path(data).expanduser().absolute())
+    return str(user_path(data).absolute())
 
 
 def fit_text(result: dict[str, Any]) -> str:

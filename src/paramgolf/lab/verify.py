@@ -16,7 +16,7 @@ from typing import Any
 from paramgolf.data.cache import cache_root
 from paramgolf.data.dataset import Dataset, prepare
 from paramgolf.errors import GolfError
-from paramgolf.files import sha256_bytes, sha256_file
+from paramgolf.files import sha256_bytes, sha256_file, user_path
 from paramgolf.lab.records import parse_record, read_bytes, recipe_table, run_folder
 from paramgolf.pack.container import describe_artifact
 from paramgolf.recipe.load import load_recipe
@@ -226,7 +226,7 @@ def _dataset(record: dict[str, Any], folder: RunFolder, data: str | None) -> Dat
     passport = record["data"]
     recipe = load_recipe(str(folder.root / "recipe.toml"))
     shards = passport.get("kind") == "shards"
-    if data or (shards and recipe.data.train and Path(recipe.data.train).expanduser().is_dir()):
+    if data or (shards and recipe.data.train and user_path(recipe.data.train).is_dir()):
         return prepare(recipe.data, data, cache=cache_root())
     cached = cache_root() / str(passport.get("key"))[:20]
     return Dataset.open(cached) if not shards and (cached / "passport.json").is_file() else None

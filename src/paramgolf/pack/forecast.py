@@ -22,6 +22,7 @@ from paramgolf.pack.solver import AIM, LOWEST
 from paramgolf.pack.stored import TensorSpec, payload_bytes
 from paramgolf.quant.export import export
 from paramgolf.quant.grid import Grid
+from paramgolf.quant.lqer import correction_bytes
 from paramgolf.quant.plan import Store, plan, tensor_table
 from paramgolf.recipe.sections import GridSection, Recipe
 
@@ -98,6 +99,8 @@ def plan_bytes(recipe: Recipe, vocab_size: int, *, tokenizer_bytes: int = 0, cod
             add(group_of(spec.name), Sizes(*[spec.nbytes * share for share in (0.6, _KEPT_RATIO, 1.0)]))
         if spec.bits and spec not in moved:
             add(group_of(spec.name), _grid_sizes(spec, recipe))
+    for name, sizes in _correction_sizes(specs, recipe).items():
+        add(group_of(name), sizes)
     add("manifest", Sizes(_FIXED / 2, _FIXED, 4 * _FIXED))
     beside = ("tokenizer", tokenizer_bytes) if recipe.pack.count == "file" else ("code", code_bytes)
     add(beside[0], Sizes(*[float(beside[1])] * 3))
@@ -117,6 +120,17 @@ def plan_bytes(recipe: Recipe, vocab_size: int, *, tokenizer_bytes: int = 0, cod
         groups=groups,
         specs=tuple(specs),
     )
+
+
+def _correction_sizes(specs: Sequence[TensorSpec], recipe: Recipe) -> dict[str, Sizes]:
+    """Bytes of the low-rank correction that a matrix may get: which are left with the largest errors only weights can
+    tell, so each is expected with the same chance, and at the most it is the largest ones."""
+    each = {spec.name: correction_bytes(spec.shape, recipe.quant) for spec in specs if spec.bits}
+    each = {name: size for name, size in each.items() if size}
+    count = min(recipe.quant.lqer_tensors, len(each))
+    largest = sorted(each, key=lambda name: -each[name])[:count]
+    expected = {name: size * count / len(each) for name, size in each.items()}
+    return {n: Sizes(0.0, expected[n], size if n in largest else expected[n]) for n, size in each.items() if count}
 
 
 def _grid_sizes(spec: TensorSpec, recipe: Recipe) -> Sizes:

@@ -45,6 +45,15 @@ def corrected(
     return out
 
 
+def correction_bytes(shape: Sequence[int], section: QuantSection) -> float:
+    """Bytes of the factors of one matrix of this shape, before a codec; 0 where a correction would not be thinner."""
+    rows, columns, rank = shape[0], shape[-1], section.lqer_rank
+    if len(shape) != 2 or rank * (rows + columns) >= rows * columns:
+        return 0.0
+    left, right = GRIDS[LEFT].bits * rows, (GRIDS[RIGHT].bits + 16 / section.lqer_group) * columns
+    return rank * (left + right) / 8
+
+
 def error_of(decoded: np.ndarray, weight: Tensor) -> Tensor:
     """(R, C) float32: what quantisation left of `weight`, on its device."""
     return weight.detach().float() - torch.from_numpy(decoded).to(weight.device)

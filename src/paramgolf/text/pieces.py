@@ -23,6 +23,7 @@ from paramgolf.data.shards import open_shard
 from paramgolf.data.sources import SEPARATOR
 from paramgolf.data.tokenizer import Buffer, Tokenizer
 from paramgolf.errors import GolfError
+from paramgolf.files import user_path
 from paramgolf.score.windows import lanes_between
 
 FRAME_BYTES = 1 << 19
@@ -209,7 +210,7 @@ class Corpus:
 
 def open_corpus(source: str | Path, tokenizer: Tokenizer) -> Corpus:
     """The whole of `source`; of a folder its validation part, if it has one."""
-    path = Path(source).expanduser()
+    path = user_path(source)
     if path.is_dir() and (path / VAL_TEXT).is_file() and (path / PASSPORT).is_file():
         path = path / VAL_TEXT
     elif path.is_dir() and official.has_shards(path):

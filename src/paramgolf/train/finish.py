@@ -7,13 +7,15 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from paramgolf.dist import Dist
+from paramgolf.model.gpt import GPT
 from paramgolf.optim.adam import Adam
 from paramgolf.optim.averaging import restore
 from paramgolf.optim.groups import named_parameters
 from paramgolf.recipe.sections import Recipe
 from paramgolf.train.budget import Position, StepTimer, post_window
 from paramgolf.train.callbacks import StepInfo
-from paramgolf.train.loop import Parts, Trainer, diverged
+from paramgolf.train.loop import Trainer, diverged
 from paramgolf.train.qat import ADAM_BETAS, GridPoint, weight_grids
 from paramgolf.train.signals import Interrupted, name
 
@@ -72,9 +74,10 @@ def _average(trainer: Trainer, held_out: np.ndarray | None) -> None:
         trainer.extra["average"] = {"used": True, "why": "select = always" if held_out is None else ""}
         return
     held_out = _affordable(trainer, held_out)
-    raw_loss = held_out_loss(parts, held_out)
+    rows = parts.recipe.train.seq_len, parts.stepper.micro_tokens
+    raw_loss = held_out_loss(parts.model, held_out, *rows, parts.dist)
     raw = parts.average.apply(parts.model)
-    average_loss = held_out_loss(parts, held_out)
+    average_loss = held_out_loss(parts.model, held_out, *rows, parts.dist)
     used = average_loss < raw_loss
     if not used:
         restore(parts.model, raw)
@@ -86,22 +89,20 @@ def _average(trainer: Trainer, held_out: np.ndarray | None) -> None:
 
 
 @torch.no_grad()
-def held_out_loss(parts: Parts, tokens: np.ndarray) -> float:
+def held_out_loss(model: GPT, tokens: np.ndarray, seq_len: int, micro_tokens: int, dist: Dist) -> float:
     """Mean nats per token over whole rows of `tokens` (uint16), as training sees the weights (QAT included).
 
-    The rows are dealt over ranks; every rank returns the same number.
+    The rows are dealt over ranks, `micro_tokens` at once; every rank returns the same number.
     """
-    seq_len = min(parts.recipe.train.seq_len, len(tokens) - 1)
-    rows = (len(tokens) - 1) // seq_len
-    most = max(1, parts.stepper.micro_tokens // seq_len)
-    total = 0.0
-    with parts.model.eager():  # shapes that come once are not worth a compilation
-        for first in range(parts.dist.rank * most, rows, parts.dist.world * most):
+    seq_len = min(seq_len, len(tokens) - 1)
+    rows, most, total = (len(tokens) - 1) // seq_len, max(1, micro_tokens // seq_len), 0.0
+    with model.eager():  # shapes that come once are not worth a compilation
+        for first in range(dist.rank * most, rows, dist.world * most):
             starts = np.arange(first, min(first + most, rows)) * seq_len
             batch = np.stack([tokens[s : s + seq_len + 1] for s in starts]).astype(np.int64)
-            ids = torch.from_numpy(batch).to(parts.dist.device)
-            total += float(parts.model(ids[:, :-1], ids[:, 1:].contiguous(), reduction="sum"))
-    return parts.dist.all_sum(total) / (rows * seq_len)
+            ids = torch.from_numpy(batch).to(dist.device)
+            total += float(model(ids[:, :-1], ids[:, 1:].contiguous(), reduction="sum"))
+    return dist.all_sum(total) / (rows * seq_len)
 
 
 def post_train(trainer: Trainer, reserve_seconds: float) -> None:

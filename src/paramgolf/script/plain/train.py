@@ -24,7 +24,7 @@ from paramgolf.script.plain.pack import weight_grids
 from paramgolf.script.plain.process import Stopwatch, default_threads
 from paramgolf.train.assemble import final_model, hold_out
 from paramgolf.train.budget import LEAST_SECONDS, Position, StepTimer, Window, post_window
-from paramgolf.train.finish import FORWARD_SPEED, selection_seconds
+from paramgolf.train.finish import FORWARD_SPEED, held_out_loss, selection_seconds
 from paramgolf.train.qat import ADAM_BETAS, GridPoint
 from paramgolf.train.runtime import micro_tokens, seed_all
 from paramgolf.train.step import micro_sizes
@@ -205,28 +205,16 @@ class Trainer:
         if seconds:  # as much as can be scored twice in the time that is kept for it
             speed = FORWARD_SPEED * self.at.tokens / self.at.elapsed
             held_out = held_out[: max(4 * seq_len, int(speed * seconds / 2)) + 1]
-        raw_loss = self.held_out_loss(held_out)
+        rows = seq_len, self.micro_rows * seq_len
+        raw_loss = held_out_loss(self.model, held_out, *rows, self.dist)
         raw = self.average.apply(self.model)
-        average_loss = self.held_out_loss(held_out)
+        average_loss = held_out_loss(self.model, held_out, *rows, self.dist)
         better = average_loss < raw_loss
         if not better:
             restore(self.model, raw)
         verdict = "the average is kept" if better else "the raw weights are kept"
         words = f"raw {raw_loss:.4f}, average {average_loss:.4f} nats per token; {verdict}"
         self.log.note(f"held-out training text: {words}")
-
-    @torch.no_grad()
-    def held_out_loss(self, tokens: np.ndarray) -> float:
-        """Nats a token over whole rows, dealt over the ranks, as training sees the weights."""
-        seq_len, most, total = min(self.recipe.train.seq_len, len(tokens) - 1), max(1, self.micro_rows), 0.0
-        rows = (len(tokens) - 1) // seq_len
-        with self.model.eager():  # shapes that come once are not worth a compilation
-            for first in range(self.dist.rank * most, rows, self.dist.world * most):
-                starts = np.arange(first, min(first + most, rows)) * seq_len
-                batch = np.stack([tokens[s : s + seq_len + 1] for s in starts]).astype(np.int64)
-                ids = torch.from_numpy(batch).to(self.dist.device)
-                total += float(self.model(ids[:, :-1], ids[:, 1:].contiguous(), reduction="sum"))
-        return self.dist.all_sum(total) / (rows * seq_len)
 
     def post_train(self) -> None:
         """PR 107's phase: Adam at a constant rate, with gradients taken at the weights that the file will hold."""
