@@ -25,7 +25,7 @@ from paramgolf.runner.environment import environment
 
 RECIPE = str(Path(__file__).with_name("claims.toml"))
 SLIDING, BLOCKS, GAP = "val_bpb_sliding", "val_bpb", "gap"
-KEYS = (SLIDING, BLOCKS, "val_bpb_float", "total_bytes", "params", "steps", "step_ms", "train_tokens")
+KEYS = (SLIDING, BLOCKS, "val_bpb_float", "total_bytes", "params", "steps", "train_tokens")
 HELD_BYTES = 150_000
 EQUAL = 0.005  # BPB within which two settings count as equal
 _INT6 = '{ store = "int6" }'
