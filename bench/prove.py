@@ -44,7 +44,7 @@ from paramgolf.score.scorer import evaluating, window_batches
 from paramgolf.score.stream import Caches, Stepper, path_log_odds
 from paramgolf.score.windows import plan
 from paramgolf.text import pieces
-from paramgolf.text.blocks import TOLERANCE, TextModel, encode_lanes, exact_arithmetic
+from paramgolf.text.blocks import TOLERANCE, TextModel, cut_evenly, encode_lanes, exact_arithmetic
 from paramgolf.text.format import Content, Frame, Kind
 from paramgolf.text.peers import compress_peers
 from paramgolf.text.prove import encode_proof
@@ -255,11 +255,11 @@ def full(options: argparse.Namespace, text: Path) -> Rows:
     each = min(len(raw) // (workers * lanes), 4 * loaded.seq_len // 2)  # bytes of a lane: most of a window
     frames, began = [], time.monotonic()
     for index in range(workers):
-        part = [raw[(index * lanes + i) * each : (index * lanes + i + 1) * each] for i in range(lanes)]
-        tokens = [tokenizer.encode_documents([piece]) for piece in part]
+        whole = raw[index * lanes * each : (index + 1) * lanes * each]
+        tokens = [tokenizer.encode_documents([piece]) for piece in cut_evenly(whole, lanes, tokenizer)]
         starts = tuple(int(s) for s in np.cumsum([0, *map(len, tokens)])[:-1])
-        payload, _ = encode_lanes(b"".join(part), header, loaded, np.concatenate(tokens), starts)
-        frames.append(Frame(Kind.MODEL, each * lanes, zlib.crc32(b"".join(part)), payload))
+        payload, _ = encode_lanes(whole, header, loaded, np.concatenate(tokens), starts)
+        frames.append(Frame(Kind.MODEL, len(whole), zlib.crc32(whole), payload))
     encoded = time.monotonic() - began
     began = time.monotonic()
     with one_thread():

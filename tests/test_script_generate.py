@@ -129,6 +129,7 @@ def test_script_gives_the_losses_and_the_bytes_of_the_package(
     assert f"Code size: {size} bytes" in done.stdout
     assert f"Total submission size {codec}: {made['bytes_total']} bytes" in done.stdout
     assert made["bytes_code"] == size
+    assert record["code_bytes"] == made["code_bytes"]["plain"]
     found = audit(tmp_path / "entry")
     assert found.violations == 0, [f for f in found.findings if f.severity == "violation"]
     log = next((work / "logs").iterdir())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import os
 import shutil
@@ -205,10 +206,23 @@ def test_split_loses_nothing() -> None:
     rng = np.random.default_rng(0)
     for count in 1, 2, 7, 40:
         parts = [cut.Part(rng.integers(0, 256, n).astype(np.uint8).tobytes(), n % 3 == 0) for n in (1, 500, 3, 90, 9)]
-        runs = cut.split(parts, count)
+        runs = cut.split(parts, sorted(rng.integers(0, 603, count - 1).tolist()))
         assert b"".join(p.data for run in runs for p in run) == b"".join(p.data for p in parts)
         assert sum(not p.joined for run in runs for p in run) == sum(not p.joined for p in parts)
         assert len(runs) <= count and all(runs)
+
+
+def test_lanes_have_equally_many_tokens(artifact: Path) -> None:
+    tokenizer = TextModel(artifact, device="cpu").tokenizer
+    text = prose().encode()
+    data = text + bytes(range(128, 256)) * (len(text) // 512)  # a fifth of the bytes, and each a token
+    places = [0, *cut.even_places(data, 5, tokenizer), len(data)]
+    counts = [len(tokenizer.encode_documents([data[a:b]])) for a, b in itertools.pairwise(places)]
+    assert max(counts) <= 1.1 * min(counts)
+    # By bytes it would not be so.
+    assert counts[-1] > 1.5 * len(
+        tokenizer.encode_documents([text[: places[-1] - places[-2]]])
+    )  # by bytes it is not so
 
 
 @pytest.mark.parametrize("step", [1, 2, 5, 100])

@@ -27,6 +27,7 @@ from paramgolf.runner.folder import RunFolder
 from paramgolf.runner.reserve import packing_seconds
 from paramgolf.runner.run import check
 from paramgolf.runner.summary import table_text
+from paramgolf.script.generate import code_bytes
 from paramgolf.train import runtime
 from paramgolf.train.budget import Position, Shape, Window, all_shapes, shape_at, training_window
 from paramgolf.train.timing import StepTiming, time_steps
@@ -57,7 +58,8 @@ def make_plan(
     ledger = history.record["ledger"] if history else {}
     vocab_size = recipe.data.vocab_size
     guess = round(TOKENIZER_BYTES_A_PIECE * vocab_size)
-    sizes = plan_bytes(recipe, vocab_size, tokenizer_bytes=int(ledger.get("tokenizer", guess)))
+    code = history.record["code_bytes"] if history else code_bytes(recipe, own_tokenizer=False)
+    sizes = plan_bytes(recipe, vocab_size, tokenizer_bytes=int(ledger.get("tokenizer", guess)), code_bytes=code)
     facts: dict[str, Any] = {
         "recipe": recipe.name,
         "params": sizes.params,

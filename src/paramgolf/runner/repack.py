@@ -38,6 +38,7 @@ from paramgolf.recipe.sections import Recipe
 from paramgolf.runner.folder import RunFolder
 from paramgolf.runner.phases import Phases
 from paramgolf.runner.reserve import calibrates
+from paramgolf.script.generate import code_bytes
 from paramgolf.train import runtime
 from paramgolf.train.checkpoint import Snapshot, Store, read
 from paramgolf.train.session import final_weights
@@ -129,6 +130,7 @@ class Packing:
         self.dist: Dist = init_dist(recipe.train.device)
         self.dtype = runtime.configure(recipe.train, self.dist.device).dtype
         self.shards = list(self.dataset.train_tokens())
+        self.code_bytes = code_bytes(recipe, own_tokenizer=self.dataset.tokenizer.reversible)
         with self._timed("model"):
             self.model = GPT(recipe.model, self.dataset.tokenizer.vocab_size)
             try:
@@ -209,6 +211,7 @@ class Packing:
             ledger = pack_model(
                 self.state, recipe, self.dataset.tokenizer.compact(), out, self.model.vocab_size,
                 dtype=str(self.dtype).removeprefix("torch."), hessians=hessians, curves=curves,
+                code_bytes=self.code_bytes,
             )  # fmt: skip
         before = self.float_loss
         with self._timed("check"):

@@ -46,6 +46,7 @@ from paramgolf.runner.reserve import calibrates, packing_seconds
 from paramgolf.score.scorer import Score, score
 from paramgolf.score.ttt.adapt import check_ttt
 from paramgolf.score.ttt.scorer import score_adapted
+from paramgolf.script.generate import code_bytes
 from paramgolf.text.peers import PEER_TEXT_LIMIT, compress_peers
 from paramgolf.train.callbacks import Callback, progress
 from paramgolf.train.clock import Clock
@@ -109,9 +110,10 @@ def _work(
         dataset = _dataset(recipe, dist)
         _on_main(dist, lambda: folder.same_data(dataset.passport))
         byte_table = _on_main(dist, lambda: _byte_table(dataset))
-    job = Job(recipe, folder, dataset, dist, clock, dataset.tokenizer.compact(), byte_table, source)
+        code = _on_main(dist, lambda: _code_bytes(recipe, dataset))
+    job = Job(recipe, folder, dataset, dist, clock, dataset.tokenizer.compact(), byte_table, source, code)
     with on_every_rank():
-        check(recipe, job.vocab_size, len(job.tokenizer_bytes))
+        check(recipe, job.vocab_size, len(job.tokenizer_bytes), code)
     trained = job.train(resume, track)
     floats = job.score_floats(trained.model)
     ledger = job.pack(trained)
@@ -122,6 +124,11 @@ def _work(
 def _byte_table(dataset: Dataset) -> dict[str, Any] | None:
     check = check_dataset(dataset)
     return None if check is None else check.as_dict()
+
+
+def _code_bytes(recipe: Recipe, dataset: Dataset) -> int:
+    with Phases(quiet=recipe.pack.count == "file").of("counting the code"):
+        return code_bytes(recipe, own_tokenizer=dataset.tokenizer.reversible)
 
 
 def _on_main(dist: Dist, work: Callable[[], Any]) -> Any:
@@ -142,7 +149,7 @@ def _on_main(dist: Dist, work: Callable[[], Any]) -> Any:
     return answer["is"]
 
 
-def check(recipe: Recipe, vocab_size: int = 0, tokenizer_bytes: int = 0) -> None:
+def check(recipe: Recipe, vocab_size: int = 0, tokenizer_bytes: int = 0, code_bytes: int = 0) -> None:
     """Everything about a recipe that can be wrong before any training: components, sizes, the cap.
 
     Without `vocab_size` and `tokenizer_bytes` (before the data is read) the recipe's and a guess are used.
@@ -164,7 +171,7 @@ def check(recipe: Recipe, vocab_size: int = 0, tokenizer_bytes: int = 0) -> None
     if recipe.quant.awq_columns:
         awq.check(recipe.quant.method)
     vocab_size = vocab_size or recipe.data.vocab_size
-    plan = plan_bytes(recipe, vocab_size, tokenizer_bytes=tokenizer_bytes or 2 * vocab_size)
+    plan = plan_bytes(recipe, vocab_size, tokenizer_bytes=tokenizer_bytes or 2 * vocab_size, code_bytes=code_bytes)
     if not plan.fits:
         raise GolfError(
             f"budget.bytes={plan.cap_bytes} is too small for this recipe: its {plan.params:,} parameters are expected "
@@ -203,6 +210,7 @@ class Job:
     tokenizer_bytes: bytes
     byte_table: dict[str, Any] | None  # the tokenizer's against the validation documents
     source: dict[str, bytes]  # the package's files as they were at the start; the main rank's
+    code_bytes: int  # of the script that counts beside the file, 0 where none does
     forecasts: list[dict[str, float]] = field(default_factory=list)  # of the file's size, in training
     speed: SpeedWatch | None = None  # this machine's own history; the main rank's
 
@@ -228,7 +236,9 @@ class Job:
 
     def _forecast(self, model: torch.nn.Module) -> str:
         try:
-            size = forecast(model.state_dict(), self.recipe, tokenizer_bytes=len(self.tokenizer_bytes))
+            size = forecast(
+                model.state_dict(), self.recipe, tokenizer_bytes=len(self.tokenizer_bytes), code_bytes=self.code_bytes
+            )
         except GolfError:  # weights that no grid holds: training goes on, or ends at its next loss
             return "cannot be packed as it is"
         self.forecasts.append({"seconds": self.clock.strict(), "bytes": size})
@@ -265,7 +275,7 @@ class Job:
                 ledgers.append(pack_model(
                     trained.model.state_dict(), self.recipe, self.tokenizer_bytes, self.folder.artifact,
                     self.vocab_size, dtype=trained.result.dtype, hessians=hessians,
-                    loss=loss,
+                    loss=loss, code_bytes=self.code_bytes,
                 ))  # fmt: skip
 
         _on_main(self.dist, write)

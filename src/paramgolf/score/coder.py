@@ -48,19 +48,19 @@ def masses(logits: torch.Tensor, mixture: Mixture | None = None) -> list[torch.T
 
     Raises CheckFailed if a logit is not a number.
     """
-    x = logits.double()
-    top = x.amax(dim=-1, keepdim=True)
+    leaves = logits.to(torch.float64, copy=True)
+    top = leaves.amax(dim=-1, keepdim=True)
     if not bool(torch.isfinite(top).all()):
         raise CheckFailed("the model gives logits that are not finite numbers: nothing can be coded with it")
-    leaves = (x - top).clamp_min_(-FLOOR).exp_()
+    leaves.sub_(top).clamp_min_(-FLOOR).exp_()  # in place: a decoder does this for every token
     if mixture is not None:
         factor, rows, tokens, gains = (
-            torch.from_numpy(part).to(x.device)
+            torch.from_numpy(part).to(leaves.device)
             for part in (mixture.factor, mixture.rows, mixture.tokens, mixture.gains)
         )
         leaves *= (factor / leaves.sum(dim=-1))[:, None]
         leaves.index_put_((rows, tokens), gains, accumulate=True)
-    padding = (1 << depth_of(x.shape[-1])) - x.shape[-1]
+    padding = (1 << depth_of(leaves.shape[-1])) - leaves.shape[-1]
     levels = [torch.nn.functional.pad(leaves, (0, padding)) if padding else leaves]
     while levels[-1].shape[-1] > 1:
         levels.append(levels[-1][:, ::2] + levels[-1][:, 1::2])

@@ -56,6 +56,16 @@ def generate(recipe: Recipe, *, own_tokenizer: bool = False) -> str:
     return text
 
 
+def code_bytes(recipe: Recipe, *, own_tokenizer: bool) -> int:
+    """Bytes of the script of a run, 0 where `pack.count` leaves them out. What the solver or `codec = "auto"` will find
+    is not known yet: the recipe's own clips and rans stand for it. Some seconds of work."""
+    if recipe.pack.count == "file":
+        return 0
+    codec = "rans" if recipe.pack.codec == "auto" else recipe.pack.codec
+    pack = dataclasses.replace(recipe.pack, fit=False, codec=codec)
+    return len(generate(dataclasses.replace(recipe, pack=pack), own_tokenizer=own_tokenizer).encode())
+
+
 def most_readable(laid_out: Callable[[Style], str]) -> str:
     """The text in the first style that keeps it within the limit of lines, or in the last. Later styles are shorter."""
     low, high, text = 0, len(STYLES) - 1, ""

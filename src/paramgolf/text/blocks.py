@@ -21,6 +21,7 @@ import zstandard
 
 from paramgolf.api import LanguageModel, load
 from paramgolf.data.sources import SEPARATOR
+from paramgolf.data.tokenizer import Tokenizer
 from paramgolf.errors import CheckFailed, GolfError
 from paramgolf.pack.wire import Reader, varint
 from paramgolf.recipe.sections import TttSection
@@ -29,7 +30,7 @@ from paramgolf.score.scorer import score
 from paramgolf.score.stream import decode_stream, encode_stream
 from paramgolf.text.adapted import decode_adapted, encode_adapted
 from paramgolf.text.format import ID_BYTES, MAX_WINDOW, Content, Frame, Header, Kind
-from paramgolf.text.pieces import MAX_LANES, place_to_cut
+from paramgolf.text.pieces import MAX_LANES, even_places, place_to_cut
 
 TOLERANCE = 1e-4  # log-odds; a few times what thread counts, batch shapes and devices were seen to change
 LANE_BYTES, LEAST_LANE = 16384, 4096  # each lane costs 2 bytes
@@ -174,7 +175,7 @@ def is_text(raw: bytes) -> bool:
 
 
 def _by_model(raw: bytes, header: Header, model: TextModel, progress: Progress | None) -> tuple[bytes, bool]:
-    pieces = _cut(raw, model.lanes(len(raw)))
+    pieces = cut_evenly(raw, model.lanes(len(raw)), model.tokenizer)
     lanes = [model.tokenizer.encode_documents(piece.split(SEPARATOR)) for piece in pieces]
     starts = tuple(int(s) for s in np.cumsum([0, *map(len, lanes)])[:-1])
     return encode_lanes(raw, header, model, np.concatenate(lanes), starts, progress=progress)
@@ -221,9 +222,10 @@ def _as_dictionary(said: bytes) -> zstandard.ZstdCompressionDict:
     return zstandard.ZstdCompressionDict(said.ljust(8, b" "), dict_type=zstandard.DICT_TYPE_RAWCONTENT)
 
 
-def _cut(raw: bytes, count: int) -> list[bytes]:
-    """`raw` in about `count` parts of about equal size, cut after a blank or line end where one is near."""
-    edges = sorted({0, len(raw), *(min(place_to_cut(raw, len(raw) * i // count), len(raw)) for i in range(1, count))})
+def cut_evenly(raw: bytes, count: int, tokenizer: Tokenizer) -> list[bytes]:
+    """`raw` in about `count` parts of about equally many tokens, cut after a blank or line end where one is near."""
+    places = even_places(raw, count, tokenizer)
+    edges = sorted({0, len(raw), *(min(place_to_cut(raw, place), len(raw)) for place in places)})
     return [raw[a:b] for a, b in itertools.pairwise(edges)]
 
 

@@ -87,7 +87,8 @@ def even_pieces(parts: Iterable[Part], tokenizer: Tokenizer, most_lanes: int) ->
     else inside one: then its first token is the given begin-of-document token as for every lane."""
     first = True
     for group in _groups(parts):
-        lanes = split(group, max(1, min(FRAME_LANES, most_lanes, sum(len(p.data) for p in group) // LEAST_LANE)))
+        count = max(1, min(FRAME_LANES, most_lanes, sum(len(p.data) for p in group) // LEAST_LANE))
+        lanes = split(group, even_places(b"".join(p.data for p in group), count, tokenizer))
         yield _piece(lanes, tokenizer, first)
         first = False
 
@@ -105,13 +106,25 @@ def _groups(parts: Iterable[Part]) -> Iterator[list[Part]]:
         yield held
 
 
-def split(parts: list[Part], count: int) -> list[list[Part]]:
-    """`parts` in at most `count` runs of nearly equal size, cut between parts or, where none begins near, inside."""
+def even_places(data: bytes, count: int, tokenizer: Tokenizer) -> list[int]:
+    """About where to cut `data` into `count` lanes of equally many tokens: of lanes that are decoded side by side the
+    longest takes the time."""
+    if count < 2:
+        return []
+    tokens = tokenizer.encode_documents([data])
+    ends = np.cumsum(tokenizer.token_bytes.count(tokens[:-1], tokens[1:]), dtype=np.int64)
+    if not ends.any():  # a tokenizer that makes nothing of it
+        return [len(data) * i // count for i in range(1, count)]
+    places = (int(ends[len(ends) * i // count]) * len(data) // int(ends[-1]) for i in range(1, count))
+    return [min(place, max(len(data) - 1, 0)) for place in places]
+
+
+def split(parts: list[Part], places: Sequence[int]) -> list[list[Part]]:
+    """`parts` in runs that begin near `places` (bytes), between parts or, where none begins near, inside."""
     edges = [0, *itertools.accumulate(len(part.data) for part in parts)]
-    total = edges[-1]
+    total, count = edges[-1], len(places) + 1
     cuts = {0, total}
-    for i in range(1, count):
-        ideal = total * i // count
+    for ideal in places:
         number = bisect.bisect_right(edges, ideal) - 1
         at = min(edges[number : number + 2], key=lambda edge: abs(edge - ideal))
         if abs(at - ideal) > total // (4 * count):
