@@ -42,17 +42,23 @@ def depth_of(vocab_size: int) -> int:
     return max(1, (vocab_size - 1).bit_length())
 
 
-def masses(logits: torch.Tensor, mixture: Mixture | None = None) -> list[torch.Tensor]:
+def masses(
+    logits: torch.Tensor, mixture: Mixture | None = None, room: list[torch.Tensor] | None = None
+) -> list[torch.Tensor]:
     """Probabilities of all tree nodes: level k is (n, 2^k) float64, level 0 the root, from logits (n, V), not
-    normalised where no `mixture` is made of them.
+    normalised where no `mixture` is made of them. `room`: what an earlier call gave for as many rows, written over.
 
     Raises CheckFailed if a logit is not a number.
     """
-    leaves = logits.to(torch.float64, copy=True)
+    count, vocab_size = logits.shape
+    if room is None:
+        widths = (1 << level for level in range(depth_of(vocab_size) + 1))
+        room = [torch.zeros(count, width, dtype=torch.float64, device=logits.device) for width in widths]
+    leaves = room[-1][:, :vocab_size].copy_(logits)
     top = leaves.amax(dim=-1, keepdim=True)
     if not bool(torch.isfinite(top).all()):
         raise CheckFailed("the model gives logits that are not finite numbers: nothing can be coded with it")
-    leaves.sub_(top).clamp_min_(-FLOOR).exp_()  # in place: a decoder does this for every token
+    leaves.sub_(top).clamp_min_(-FLOOR).exp_()
     if mixture is not None:
         factor, rows, tokens, gains = (
             torch.from_numpy(part).to(leaves.device)
@@ -60,11 +66,9 @@ def masses(logits: torch.Tensor, mixture: Mixture | None = None) -> list[torch.T
         )
         leaves *= (factor / leaves.sum(dim=-1))[:, None]
         leaves.index_put_((rows, tokens), gains, accumulate=True)
-    padding = (1 << depth_of(leaves.shape[-1])) - leaves.shape[-1]
-    levels = [torch.nn.functional.pad(leaves, (0, padding)) if padding else leaves]
-    while levels[-1].shape[-1] > 1:
-        levels.append(levels[-1][:, ::2] + levels[-1][:, 1::2])
-    return levels[::-1]
+    for level in range(len(room) - 2, -1, -1):
+        torch.add(room[level + 1][:, ::2], room[level + 1][:, 1::2], out=room[level])
+    return room
 
 
 def path_log_odds(logits: torch.Tensor, tokens: torch.Tensor, mixture: Mixture | None = None) -> np.ndarray:
@@ -266,6 +270,7 @@ class Decoder:
         self._reader = rans.Reader(data[at:])
         self._place = np.zeros(len(self.lengths), np.int64)
         self._checks = [0] * len(self.lengths)
+        self._room: list[torch.Tensor] | None = None
         self.position = 0  # tokens decoded of every lane
 
     @property
@@ -275,7 +280,8 @@ class Decoder:
     def step(self, logits: torch.Tensor, mixture: Mixture | None = None) -> np.ndarray:
         """The next token of every lane, int64 (lanes,), -1 where the lane has ended; `logits`: (lanes, V), those of
         ended lanes are not used but must be finite. Raises CheckFailed where the stream has been read to its end."""
-        levels = [level.cpu().numpy() for level in masses(logits, mixture)]
+        self._room = masses(logits, mixture, self._room)  # the same memory for every token
+        levels = [level.cpu().numpy() for level in self._room]
         lane = np.arange(len(self.lengths))
 
         def log_odds(prefix: np.ndarray, level: int) -> np.ndarray:
