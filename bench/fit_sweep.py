@@ -8,7 +8,8 @@ trains nothing: it writes the coefficients (src/paramgolf/lab/fit_rule.json) fro
     python -m bench.fit_sweep --check 250000x120 --json results/fit_check.json
 
 takes the choice of `golf fit` for one budget, the pocket recipe re-sized by width alone, the choice's neighbours and
-models further down the list (14 and more in all), and runs all of them: what the choice is worth.
+models further down the list (14 and more in all), and runs all of them: what the choice is worth. `--workers 2` gives
+each run a core of its own: then one core is the machine that a budget of seconds is for.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import argparse
 import json
 import math
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -26,11 +29,12 @@ from typing import Any
 import numpy as np
 
 from bench.fit_least_squares import BYTES_PER_TOKEN, fit
-from bench.runs import golf_run
+from bench.runs import golf_run, on_cores
 from bench.webtext import train_text, tuning_split
+from paramgolf.data.cache import cache_root
 from paramgolf.errors import GolfError
 from paramgolf.files import atomic_write
-from paramgolf.lab.choice import AIM, Budget, Search, file_bytes, shaped
+from paramgolf.lab.choice import AIM, Budget, Search, Text, file_bytes, shaped
 from paramgolf.lab.fit import PARENT, look_at, measured_choice
 from paramgolf.lab.sizing import HEAD, RULE_FILE, Rule, Shape, Shapes, kv_heads
 from paramgolf.recipe.load import load_recipe, to_toml
@@ -39,7 +43,9 @@ from paramgolf.runner.environment import environment
 
 TRIALS = Path("results/fit_trials.json")
 RULE = Path(__file__).parent.parent / "src" / "paramgolf" / "lab" / RULE_FILE
-KEYS = ("val_bpb", "val_bpb_float", "total_bytes", "params", "steps", "train_tokens", "step_ms", "seconds")
+KEYS = (
+    "val_bpb", "val_bpb_float", "val_bpb_ngram", "total_bytes", "params", "steps", "train_tokens", "step_ms", "seconds",
+)  # fmt: skip
 _CENTRE = Shape(4096, 4, 192, 480, 256, 4096)
 _BESIDE = 25.0  # seconds of a run beside its steps: start, score, packing
 _COARSENESS = (1.0, 0.5, 1.41, 0.71, 2.0)  # in turn: rounding is measured beside, at no cost
@@ -97,7 +103,7 @@ class Sweep:
     """The runs of one file, each done once."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self._writing = path, threading.Lock()
         self.data: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"rows": []}
         self.data["machine"] = environment()
 
@@ -106,38 +112,45 @@ class Sweep:
 
     def run(self, name: str, recipe: Recipe, facts: Mapping[str, Any], *, train: str = "", val: str = "") -> None:
         """Run a recipe and keep what came out; a run that fails is kept too, with no numbers."""
-        path = self.path.with_name(f"{self.path.stem}.toml")
-        atomic_write(path, to_toml(recipe).encode())
-        try:
-            held = val or ("" if train else tuning_split(self.path.parent))
-            record = golf_run(str(path), [], train=train or train_text(), val=held)
-        except RuntimeError as error:
-            record = {}
-            print(error, flush=True)
-        finally:
-            path.unlink(missing_ok=True)
+        held = val or ("" if train else tuning_split(cache_root()))
+        record: dict[str, Any] = {}
+        with tempfile.TemporaryDirectory() as scratch:
+            path = Path(scratch, f"{recipe.name}.toml")
+            path.write_text(to_toml(recipe))
+            try:
+                record = golf_run(str(path), [], train=train or train_text(), val=held)
+            except RuntimeError as error:
+                print(error, flush=True)
         row = {"name": name, **facts, **{key: record.get(key) for key in KEYS}}
         if record:
             row["bytes_per_token"] = record["scored_bytes"] / record["scored_tokens"]
-        self.data["rows"].append(row)
+        with self._writing:
+            self.data["rows"].append(row)
+            self.write()
+            print(json.dumps(row), flush=True)
+
+    def write(self) -> None:
         atomic_write(self.path, (json.dumps(self.data, indent=1) + "\n").encode())
-        print(json.dumps(row), flush=True)
 
 
-def sweep(path: Path, minutes: float, *, only: int = 0, train: str = "", val: str = "") -> None:
+def sweep(path: Path, minutes: float, *, only: int = 0, train: str = "", val: str = "", workers: int = 1) -> None:
     """Run what is missing, as long as the next run is expected to end in time. `only`: so many of the list."""
     runs, begun = Sweep(path), time.monotonic()
     todo = configurations()[: only or None]
-    for number, (shape, tokens) in enumerate(todo):
+
+    def work(job: tuple[int, tuple[Shape, int]]) -> None:
+        number, (shape, tokens) = job
         name, coarseness = name_of(shape, tokens), _COARSENESS[number % len(_COARSENESS)]
         if runs.row(name) is not None:
-            continue
+            return
         left = 60 * minutes - (time.monotonic() - begun)
         if _expected(runs, shape, tokens) > left:
             print(f"no time for {name} in the {left:.0f} s left", flush=True)
-            continue
+            return
         facts = {"shape": list(shape), "tokens": tokens, "coarseness": coarseness}
         runs.run(name, recipe_of(shape, tokens, coarseness), facts, train=train, val=val)
+
+    on_cores(work, enumerate(todo), workers)
     done = sum(runs.row(name_of(*one)) is not None for one in todo)
     print(f"{done} of {len(todo)} runs are in {path}", flush=True)
 
@@ -207,32 +220,46 @@ def pocket_by_width(budget: Budget) -> Recipe:
     return found
 
 
-def check(path: Path, budget: Budget, *, train: str = "", val: str = "") -> None:
+def check(path: Path, budget: Budget, *, train: str = "", val: str = "", workers: int = 1) -> None:
     """Run the choice, the re-sized pocket and the neighbours of the choice under one budget; print the table."""
     runs, base = Sweep(path), load_recipe(PARENT)
-    text = look_at(train or train_text(), base)
     key = f"{budget.bytes}x{budget.seconds:g}"
     plans = runs.data.setdefault("plans", {})
+
+    def choose(found: dict[str, list[dict[str, Any]]]) -> None:
+        found[key] = _configurations(base, budget, look_at(train or train_text(), base))
+
     if key not in plans:  # chosen once: a stopped check goes on with the same configurations
-        rule = Rule.load()
-        choice, rates = measured_choice(base, rule, budget, text)
-        search = Search(base, rule, rates, budget, text)
-        order = np.argsort(search.bound, kind="stable")
-        further = [(f"rank {rank}", search.exact(int(order[rank]))) for rank in _RANKS]
-        found = [("chosen", choice.best), *choice.alternatives, *[(name, c) for name, c in further if c is not None]]
-        plans[key] = [
-            {"as": name, "shape": list(c.shape), "coarseness": c.coarseness, "steps": c.steps, "expected": c.loss}
-            for name, c in found
-        ]
+        on_cores(choose, [plans], workers)  # where the runs will be: the steps are timed there
+        runs.write()
     bound = replace(base.budget, bytes=budget.bytes, seconds=budget.seconds)
     wanted = [(f"{key} pocket by width", pocket_by_width(budget), {"as": "pocket by width", "expected": None})]
     for plan in plans[key]:
         recipe = shaped(replace(base, budget=bound), Shape(*plan["shape"]), plan["coarseness"], plan["steps"])
         wanted.append((f"{key} {plan['as']} {plan['shape']}", recipe, plan))
-    for name, recipe, facts in wanted:
+
+    def work(job: tuple[str, Recipe, dict[str, Any]]) -> None:
+        name, recipe, facts = job
         if runs.row(name) is None:
-            runs.run(name, replace(recipe, name="fit-check"), {"budget": key, **facts}, train=train, val=val)
+            judged = replace(recipe, name="fit-check", score=replace(recipe.score, stride=0))
+            runs.run(name, judged, {"budget": key, **facts}, train=train, val=val)
+
+    on_cores(work, wanted, workers)
     _print_check([runs.row(name) or {} for name, _, _ in wanted])
+
+
+def _configurations(base: Recipe, budget: Budget, text: Text) -> list[dict[str, Any]]:
+    """The choice, the best models with one knob set otherwise, and some further down the list."""
+    rule = Rule.load()
+    choice, rates = measured_choice(base, rule, budget, text)
+    search = Search(base, rule, rates, budget, text)
+    order = np.argsort(search.bound, kind="stable")
+    further = [(f"rank {rank}", search.exact(int(order[rank]))) for rank in _RANKS]
+    found = [("chosen", choice.best), *choice.alternatives, *[(name, c) for name, c in further if c is not None]]
+    return [
+        {"as": name, "shape": list(c.shape), "coarseness": c.coarseness, "steps": c.steps, "expected": c.loss}
+        for name, c in found
+    ]
 
 
 def _print_check(rows: Sequence[Mapping[str, Any]]) -> None:
@@ -254,17 +281,19 @@ def main() -> None:
     parser.add_argument("--only", type=int, default=0, help="the first so many configurations")
     parser.add_argument("--fit", action="store_true", help="write the coefficients from the runs there are")
     parser.add_argument("--check", metavar="BYTESxSECONDS", help="run a choice and its neighbours under one budget")
+    parser.add_argument("--workers", type=int, default=1, help="runs at once, each on a core of its own")
     parser.add_argument("--data", default="", help="another training text than the shared one")
     parser.add_argument("--val", default="", help="its validation text")
     options = parser.parse_args()
+    ways = {"train": options.data, "val": options.val, "workers": options.workers}
     try:
         if options.check:
             size, _, seconds = options.check.partition("x")
             if not (size.isdecimal() and seconds.isdecimal()):
                 parser.error(f"--check {options.check}: not BYTESxSECONDS, e.g. 250000x120")
-            check(options.json, Budget(int(size), float(seconds)), train=options.data, val=options.val)
+            check(options.json, Budget(int(size), float(seconds)), **ways)
         elif options.minutes:
-            sweep(options.json, options.minutes, only=options.only, train=options.data, val=options.val)
+            sweep(options.json, options.minutes, only=options.only, **ways)
         if options.fit:
             print(json.dumps(fit_rule(options.json), indent=1))
     except GolfError as error:

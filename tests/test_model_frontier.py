@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from paramgolf.errors import GolfError
 from paramgolf.model.cache import KVCache
 from paramgolf.model.gpt import GPT
-from paramgolf.model.native.runner import why_not
 from paramgolf.model.order import Order, order_of
 from paramgolf.model.parts.base import Flow
 from paramgolf.optim.groups import group_of
@@ -304,11 +303,3 @@ def test_lanes_that_share_everything_are_parallel_branches() -> None:
 def test_what_does_not_fit_is_refused_by_name(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(GolfError, match=words):
         GPT(section(**changes), VOCAB)
-
-
-@pytest.mark.parametrize("name", [n for n in COMPONENTS if n != "smear2" and not n.startswith("loop")])
-def test_the_fused_kernels_refuse_changed_layers(name: str) -> None:
-    sizes: dict[str, Any] = {"dim": 64, "num_heads": 4, "num_kv_heads": 2, "mlp_hidden": 64}
-    model = GPT(section(**(COMPONENTS[name] | sizes)), 96)
-    model.compute_dtype = torch.bfloat16
-    assert why_not(model, 32) in ("a model part changes the layers", "there is no kernel for a switch of the layers")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from paramgolf.errors import GolfError
+from paramgolf.model.documents import BOS_ID
 from paramgolf.model.gpt import GPT
 from paramgolf.model.native import build
 from paramgolf.model.native.runner import why_not
@@ -27,6 +28,24 @@ CASES = {
     "parts at the input": dataclasses.replace(
         SECTION, parts={"bigram_hash": {"buckets": 128, "dim": 16}, "smear_gate": {}}
     ),
+    "part of the channels rotates": dataclasses.replace(SECTION, rope_dims=6),
+    "scaled by depth, gated skips": dataclasses.replace(SECTION, ln_scale=True, skip_gates=True),
+    "both branches at once": dataclasses.replace(SECTION, parallel_from=1),
+    "two lanes": dataclasses.replace(SECTION, lanes_from=2, num_layers=5),
+    "two lanes all the way, one kept": dataclasses.replace(SECTION, skips="none", lanes_from=0, lane_merge="mlp"),
+    "lanes after loops": dataclasses.replace(
+        SECTION, num_layers=5, lanes_from=3, lane_merge="attn", loop_layers=(1, 2), loop_extra=2
+    ),
+    "parts in the layers": dataclasses.replace(
+        SECTION,
+        parts={
+            "xsa": {"last_layers": 2},
+            "attn_gate": {"source": "query"},
+            "value_embed": {"dim": 16, "layers": [0, 3]},
+        },
+    ),
+    "documents": dataclasses.replace(SECTION, document_mask=True, parts={"smear_gate2": {}}),
+    "factored embedding": dataclasses.replace(SECTION, embed_dim=24),
 }
 
 needs_kernels = pytest.mark.skipif(build.why_not() != "", reason=f"fused kernels: {build.why_not()}")
@@ -57,6 +76,8 @@ def results(model: GPT) -> dict[str, Tensor]:
     ids = torch.randint(0, VOCAB, (3, LENGTH), generator=generator)
     targets = torch.randint(0, VOCAB, (3, LENGTH), generator=generator)
     targets[0, :7] = -1
+    ids[ids == BOS_ID] = 0
+    ids[1, 40], ids[2, [5, 6, 95]] = BOS_ID, BOS_ID
     model.zero_grad()
     loss = model(ids, targets)
     loss.backward()

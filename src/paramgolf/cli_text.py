@@ -81,6 +81,7 @@ def decompress_command(files: Files = None, model: Model = None, out: Out = None
         )  # fmt: skip
         return f"{written:,} bytes"
 
+    stream.return_large_blocks()
     for source, target in jobs:
         _convert(source, target, "decompress", work)
 

@@ -45,6 +45,13 @@ def dense_mask(segments_BS: Tensor, length: int) -> Tensor:
     return (same & causal_mask(length, span, segments_BS.device)).unsqueeze(1)
 
 
+def first_keys(segments_BT: Tensor) -> Tensor:
+    """(B, T) int32: where in its row the segment of each position begins, the first key that its query sees."""
+    flags_BT = first_flags(segments_BT).view(segments_BT.shape)
+    position_T = torch.arange(segments_BT.shape[1], dtype=torch.int32, device=segments_BT.device)
+    return torch.where(flags_BT, position_T, 0).cummax(1).values.to(torch.int32)
+
+
 def first_flags(segments_BT: Tensor) -> Tensor:
     """(N,) bool over the flattened rows, true where a segment begins."""
     flags_BT = torch.ones_like(segments_BT, dtype=torch.bool)

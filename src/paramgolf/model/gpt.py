@@ -233,23 +233,27 @@ class GPT(nn.Module):
         if cache is not None:
             cache.room_for(ids_BT.shape[1])
             start = cache.length
-        if flow.documents:
-            flow.extras[MASK] = self._mask(ids_BT, cache, segments_BT)
         x = self.embed(flow)
+        rope = self._rope_for(start, ids_BT, cache)
         if self._native is not None and cache is None and self._native.fits(x):
-            return self._native.layers(x, self._rope_for(start, ids_BT, cache))
-        x = self._run_layers(x, flow, self._rope_for(start, ids_BT, cache))
+            segments_BT = self._segments(ids_BT, segments_BT) if flow.documents else None
+            x = self._native.layers(x, rope, flow.extras, segments_BT)
+        else:
+            if flow.documents:
+                flow.extras[MASK] = self._mask(ids_BT, cache, segments_BT)
+            x = rms_norm(self._run_layers(x, flow, rope), self.section.norm_eps)
         if cache is not None:
             cache.length += ids_BT.shape[1]
-        x = rms_norm(x, self.section.norm_eps)
         return x if self.head_proj is None else self.head_proj(x)
+
+    def _segments(self, ids_BT: Tensor, segments_BT: Tensor | None) -> Tensor:
+        return segment_numbers(ids_BT, self.segment_len) if segments_BT is None else segments_BT
 
     def _mask(self, ids_BT: Tensor, cache: KVCache | None, segments_BT: Tensor | None) -> Any:
         """The documents of this pass in the form that the attention kernel wants."""
         if cache is not None:
             return dense_mask(cache.extend_segments(ids_BT), ids_BT.shape[1])
-        if segments_BT is None:
-            segments_BT = segment_numbers(ids_BT, self.segment_len)
+        segments_BT = self._segments(ids_BT, segments_BT)
         assert self.attention is not None
         room = self.segment_room if self._counted else room_for(int(first_flags(segments_BT).sum()))
         self._counted = False
@@ -258,7 +262,7 @@ class GPT(nn.Module):
     def expect_documents(self, ids_BT: Tensor) -> None:
         """Make room for the segments of these rows, just before the pass over them. Cheap while the ids are on the CPU;
         without it the pass must wait for the device to count. A larger room compiles the layers again."""
-        if self.section.document_mask:
+        if self.section.document_mask and self._native is None:
             count = int(first_flags(segment_numbers(ids_BT, self.segment_len)).sum())
             if count > self.segment_room:
                 self.segment_room = room_for(2 * count)

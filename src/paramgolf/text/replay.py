@@ -16,7 +16,7 @@ from paramgolf.data.sources import SEPARATOR
 from paramgolf.errors import GolfError
 from paramgolf.text.blocks import TextModel
 from paramgolf.text.format import Content, StreamReader, read_header
-from paramgolf.text.stream import decompress, default_workers
+from paramgolf.text.stream import decompress, default_workers, return_large_blocks
 
 
 class DocumentHashes:
@@ -66,6 +66,7 @@ def replay(artifact: Path, file: Path, digests: Path) -> dict[str, object]:
 
 
 if __name__ == "__main__":
+    return_large_blocks()
     try:
         sys.stdout.write(json.dumps(replay(*map(Path, sys.argv[1:4]))))
     except GolfError as error:

@@ -55,13 +55,13 @@ def _end_with_parent() -> None:
 def _in_worker(job: Job, header: Header) -> Job:
     assert _worker is not None
     if isinstance(job, Frame):
-        _return_large_blocks()
+        return_large_blocks()
     return _work(job, header, _worker)
 
 
-def _return_large_blocks() -> None:
-    """Have glibc give blocks of 128 KiB and more back as they are freed. By itself it soon keeps them, and thousands of
-    steps with small memory between them leave holes: a decoder of 0.4 GB grows to 2 GB."""
+def return_large_blocks() -> None:
+    """Have glibc give this process's blocks of 128 KiB and more back as they are freed. By itself it soon keeps them,
+    and thousands of steps with small memory between them leave holes: a decoder of 0.4 GB grows to 2 GB."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 17)
 

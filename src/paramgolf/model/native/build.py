@@ -22,8 +22,8 @@ COMPILE_SECONDS = 60
 
 _P, _I, _L, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_float
 SIGNATURES = {
-    "attn_fwd": [_I] * 5 + [_P] * 4 + [_F] + [_P] * 2,
-    "attn_bwd": [_I] * 5 + [_P] * 4 + [_F] + [_P] * 5,
+    "attn_fwd": [_I] * 6 + [_P] * 5 + [_F] + [_P] * 2,
+    "attn_bwd": [_I] * 6 + [_P] * 5 + [_F] + [_P] * 5,
     "mix_fwd": [_I] * 3 + [_P] * 2 + [_F] + [_P] * 3,
     "mix_bwd": [_I] * 3 + [_P] * 8,
     "square_fwd": [_L, _F] + [_P] * 2,

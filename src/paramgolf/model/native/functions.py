@@ -1,7 +1,7 @@
 """Autograd functions over kernels.c. Tensors are contiguous bfloat16 on the CPU unless said otherwise.
 
 Suffixes: B batch, T time, D model width, H query heads, G key/value heads, K head width, V vocabulary, N = B x T,
-W = (H + 2 G) K, J = K / 2.
+W = (H + 2 G) K, J rotary pairs (at most K / 2).
 """
 
 from __future__ import annotations
@@ -33,40 +33,42 @@ def _row_major(t: Tensor | None) -> Tensor | None:
 class FusedAttention(torch.autograd.Function):
     """(B, T, H K) from qkv (B, T, W): per-head RMS norm and rotation of q and k, gain of q, causal attention.
 
-    `cos_TJ`, `sin_TJ` and `gain_H` are float32. T is a multiple of 32, K one of 16 and at most 256.
+    `cos_TJ`, `sin_TJ` and `gain_H` are float32. `first_BT` (int32): the first key that each query sees, where its
+    document begins; None = 0. T is a multiple of 32, K one of 16 and at most 256.
     Nothing of size T x T is stored; the backward pass computes the scores again.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, qkv_BTW: Tensor, cos_TJ: Tensor, sin_TJ: Tensor, gain_H: Tensor, kv_heads: int, eps: float
-    ) -> Tensor:
+        ctx: Any, qkv_BTW: Tensor, cos_TJ: Tensor, sin_TJ: Tensor, gain_H: Tensor, first_BT: Tensor | None,
+        kv_heads: int, eps: float,
+    ) -> Tensor:  # fmt: skip
         batch, length, width = qkv_BTW.shape
         heads = gain_H.numel()
         head_dim = width // (heads + 2 * kv_heads)
         y_BTD = qkv_BTW.new_empty(batch, length, heads * head_dim)
         lse_BHT = torch.empty(batch, heads, length)
-        sizes = (batch, length, heads, kv_heads, head_dim)
+        sizes = (batch, length, heads, kv_heads, head_dim, cos_TJ.shape[1])
         gain_H = gain_H.detach().contiguous()
         load().attn_fwd(
-            *sizes, _at(qkv_BTW), _at(cos_TJ), _at(sin_TJ), _at(gain_H), eps, _at(y_BTD), _at(lse_BHT)
+            *sizes, _at(qkv_BTW), _at(cos_TJ), _at(sin_TJ), _at(gain_H), _at(first_BT), eps, _at(y_BTD), _at(lse_BHT)
         )  # fmt: skip
-        ctx.save_for_backward(qkv_BTW, cos_TJ, sin_TJ, gain_H, y_BTD, lse_BHT)
+        ctx.save_for_backward(qkv_BTW, cos_TJ, sin_TJ, gain_H, first_BT, y_BTD, lse_BHT)
         ctx.sizes, ctx.eps = sizes, eps
         return y_BTD
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_BTD: Tensor) -> tuple[Tensor | None, ...]:
-        qkv_BTW, cos_TJ, sin_TJ, gain_H, y_BTD, lse_BHT = ctx.saved_tensors
+        qkv_BTW, cos_TJ, sin_TJ, gain_H, first_BT, y_BTD, lse_BHT = ctx.saved_tensors
         grad_BTD = grad_BTD.contiguous()
         d_qkv = torch.empty_like(qkv_BTW)
         d_gain_BH = torch.empty(qkv_BTW.shape[0], gain_H.numel())
         load().attn_bwd(
-            *ctx.sizes, _at(qkv_BTW), _at(cos_TJ), _at(sin_TJ), _at(gain_H), ctx.eps, _at(y_BTD), _at(lse_BHT),
-            _at(grad_BTD), _at(d_qkv), _at(d_gain_BH),
+            *ctx.sizes, _at(qkv_BTW), _at(cos_TJ), _at(sin_TJ), _at(gain_H), _at(first_BT), ctx.eps, _at(y_BTD),
+            _at(lse_BHT), _at(grad_BTD), _at(d_qkv), _at(d_gain_BH),
         )  # fmt: skip
-        return d_qkv, None, None, d_gain_BH.sum(0), None, None
+        return d_qkv, None, None, d_gain_BH.sum(0), None, None, None
 
 
 class Mix(torch.autograd.Function):

@@ -82,9 +82,8 @@ static void pack_n(int T, int D, const bf *x, int ldx, int32_t *out) {
         for (int d = 0; d < D; d++) o[d] = (int32_t)((uint32_t)a[d] | ((uint32_t)b[d] << 16));
     }
 }
-/* y = c rope(x / rms(x)), rows at stride ldx */
-static void prep(int T, int D, const bf *x, int ldx, const float *cs, const float *sn, float c, float eps, bf *y) {
-    int h = D / 2;
+/* y = c rope(x / rms(x)), rows at stride ldx; channels i and i + h rotate for i < h, those from 2 h on do not */
+static void prep(int T, int D, int h, const bf *x, int ldx, const float *cs, const float *sn, float c, float eps, bf *y) {
     for (int t = 0; t < T; t++, x += ldx, y += D, cs += h, sn += h) {
         float f[256], o[256], s = 0;
         for (int i = 0; i < D; i++) { f[i] = b2f(x[i]); s += f[i] * f[i]; }
@@ -94,12 +93,12 @@ static void prep(int T, int D, const bf *x, int ldx, const float *cs, const floa
             o[i] = a * cs[i] + b * sn[i];
             o[i + h] = b * cs[i] - a * sn[i];
         }
+        for (int i = 2 * h; i < D; i++) o[i] = f[i] * r;
         for (int i = 0; i < D; i += 16) st(y + i, _mm512_loadu_ps(o + i));
     }
 }
 /* gradient of prep: dy (fp32, element (t, i) at dy[t * rt + i * ri]); returns d/dc */
-static float prep_bwd(int T, int D, const bf *x, int ldx, const float *cs, const float *sn, float c, float eps, const float *dy, long rt, long ri, bf *dx) {
-    int h = D / 2;
+static float prep_bwd(int T, int D, int h, const bf *x, int ldx, const float *cs, const float *sn, float c, float eps, const float *dy, long rt, long ri, bf *dx) {
     float dc = 0;
     for (int t = 0; t < T; t++, x += ldx, dx += ldx, cs += h, sn += h, dy += rt) {
         float f[256], z[256], s = 0, dot = 0;
@@ -110,6 +109,7 @@ static float prep_bwd(int T, int D, const bf *x, int ldx, const float *cs, const
             z[i] = a * cs[i] - b * sn[i];
             z[i + h] = a * sn[i] + b * cs[i];
         }
+        for (int i = 2 * h; i < D; i++) z[i] = dy[i * ri];
         for (int i = 0; i < D; i++) { f[i] *= r; dot += z[i] * f[i]; }
         dc += dot;
         float m = dot / D, k = c * r;
@@ -123,8 +123,9 @@ static float prep_bwd(int T, int D, const bf *x, int ldx, const float *cs, const
 static void *grab(char **p, size_t n) { void *r = *p; *p += (n + 63) & ~(size_t)63; return r; }
 static char *arena(size_t n) { void *p = NULL; if (posix_memalign(&p, 4096, n)) abort(); return p; }
 
-/* qkv (B, T, (H + 2 G) D); gain (H); out (B, T, H, D); lse (B, H, T). T multiple of 32, D multiple of 16 up to 256. */
-void attn_fwd(int B, int T, int H, int G, int D, const bf *qkv, const float *cs, const float *sn, const float *gain, float eps, bf *out, float *lse) {
+/* qkv (B, T, (H + 2 G) D); cs, sn (T, J); gain (H); first (B, T), the first key of each query, or NULL for 0; out
+   (B, T, H, D); lse (B, H, T). T multiple of 32, D multiple of 16 up to 256, J at most D / 2. */
+void attn_fwd(int B, int T, int H, int G, int D, int J, const bf *qkv, const float *cs, const float *sn, const float *gain, const int32_t *first, float eps, bf *out, float *lse) {
     int W = (H + 2 * G) * D, rep = H / G;
     float scale = 1 / sqrtf(D);
 #pragma omp parallel
@@ -139,11 +140,11 @@ void attn_fwd(int B, int T, int H, int G, int D, const bf *qkv, const float *cs,
         for (int bg = 0; bg < B * G; bg++) {
             int b = bg / G, g = bg % G;
             const bf *x = qkv + (long)b * T * W;
-            prep(T, D, x + (H + g) * D, W, cs, sn, 1.0f, eps, q);
+            prep(T, D, J, x + (H + g) * D, W, cs, sn, 1.0f, eps, q);
             pack_t(T, D, q, D, kp);
             pack_n(T, D, x + (H + G + g) * D, W, vp);
             for (int h = g * rep; h < (g + 1) * rep; h++) {
-                prep(T, D, x + h * D, W, cs, sn, gain[h] * scale, eps, q);
+                prep(T, D, J, x + h * D, W, cs, sn, gain[h] * scale, eps, q);
                 for (int i0 = 0; i0 < T; i0 += R) {
                     int N = i0 + R;
                     gemm(R, N, D / 2, q + (long)i0 * D, D, kp, T, S, T, 0);
@@ -153,6 +154,7 @@ void attn_fwd(int B, int T, int H, int G, int D, const bf *qkv, const float *cs,
                         bf *pr = P + (long)i * T;
                         int lim = i0 + i + 1;
                         for (int j = lim; j < N; j++) s[j] = -1e30f;
+                        for (int j = first ? first[(long)b * T + i0 + i] : 0; j-- > 0;) s[j] = -1e30f;
                         __m512 m = set1(-INFINITY), sum = _mm512_setzero_ps();
                         for (int j = 0; j < N; j += 16) m = _mm512_max_ps(m, _mm512_loadu_ps(s + j));
                         float mx = _mm512_reduce_max_ps(m);
@@ -179,12 +181,12 @@ void attn_fwd(int B, int T, int H, int G, int D, const bf *qkv, const float *cs,
 }
 
 /* dqkv like qkv; dgain (B, H): one value a head and row, so that the caller sums them in a fixed order */
-void attn_bwd(int B, int T, int H, int G, int D, const bf *qkv, const float *cs, const float *sn, const float *gain, float eps, const bf *out, const float *lse, const bf *dout, bf *dqkv, float *dgain) {
+void attn_bwd(int B, int T, int H, int G, int D, int J, const bf *qkv, const float *cs, const float *sn, const float *gain, const int32_t *first, float eps, const bf *out, const float *lse, const bf *dout, bf *dqkv, float *dgain) {
     int W = (H + 2 * G) * D, rep = H / G;
     float scale = 1 / sqrtf(D);
 #pragma omp parallel
     {
-        size_t td = (size_t)T * D, n = td * (2 * 3 + 2 * 4 + 4 * 3) + (size_t)R * T * (4 * 2 + 2 * 3) + T * 4 + 4096;
+        size_t td = (size_t)T * D, n = td * (2 * 3 + 2 * 4 + 4 * 3) + (size_t)R * T * (4 * 2 + 2 * 3) + T * 8 + 4096;
         char *mem = arena(n), *p = mem;
         bf *q = grab(&p, td * 2), *k = grab(&p, td * 2), *kt = grab(&p, td * 2);
         int32_t *qp = grab(&p, td * 2), *qn = grab(&p, td * 2), *op = grab(&p, td * 2), *on = grab(&p, td * 2);
@@ -193,19 +195,22 @@ void attn_bwd(int B, int T, int H, int G, int D, const bf *qkv, const float *cs,
         bf *P = grab(&p, (size_t)R * T * 2), *dS = grab(&p, (size_t)R * T * 2);
         int32_t *dSn = grab(&p, (size_t)R * T * 2);
         float *delta = grab(&p, T * 4);
+        int32_t *end = grab(&p, T * 4); /* of each key: the first query after it that does not see it */
 #pragma omp for schedule(dynamic, 1)
         for (int bg = 0; bg < B * G; bg++) {
             int b = bg / G, g = bg % G;
             const bf *x = qkv + (long)b * T * W, *v = x + (H + G + g) * D;
             bf *dx = dqkv + (long)b * T * W;
-            prep(T, D, x + (H + g) * D, W, cs, sn, 1.0f, eps, k);
+            prep(T, D, J, x + (H + g) * D, W, cs, sn, 1.0f, eps, k);
             for (int t = 0; t < T; t++) for (int d = 0; d < D; d++) kt[(long)d * T + t] = k[(long)t * D + d];
             memset(dk, 0, td * 4);
             memset(dv, 0, td * 4);
+            end[T - 1] = T;
+            for (int t = T - 1; t > 0; t--) end[t - 1] = first && first[(long)b * T + t] == t ? t : end[t];
             for (int h = g * rep; h < (g + 1) * rep; h++) {
                 const bf *o = out + ((long)b * T * H + h) * D, *go = dout + ((long)b * T * H + h) * D;
                 const float *L = lse + ((long)b * H + h) * T;
-                prep(T, D, x + h * D, W, cs, sn, gain[h] * scale, eps, q);
+                prep(T, D, J, x + h * D, W, cs, sn, gain[h] * scale, eps, q);
                 pack_t(T, D, q, D, qp);
                 pack_n(T, D, q, D, qn);
                 pack_t(T, D, go, H * D, op);
@@ -228,6 +233,8 @@ void attn_bwd(int B, int T, int H, int G, int D, const bf *qkv, const float *cs,
                                 __m512 e = vexp(_mm512_sub_ps(_mm512_loadu_ps(S + at), l));
                                 int hidden = j + u - i; /* queries before the key see nothing of it */
                                 if (hidden > 0) e = _mm512_maskz_mov_ps(hidden >= 16 ? 0 : (__mmask16)(0xffffu << hidden), e);
+                                int seen = end[j0 + j + u] - j0 - i; /* nor do those of later documents */
+                                if (seen < 16) e = _mm512_maskz_mov_ps(seen <= 0 ? 0 : (__mmask16)(0xffffu >> (16 - seen)), e);
                                 ds[u] = _mm512_mul_ps(e, _mm512_sub_ps(_mm512_loadu_ps(dP + at), de));
                                 st(P + at, e);
                                 st(dS + at, ds[u]);
@@ -241,10 +248,10 @@ void attn_bwd(int B, int T, int H, int G, int D, const bf *qkv, const float *cs,
                     gemm(R, D, N / 2, dS, N, qn + (long)(j0 / 2) * D, D, dk + (long)j0 * D, D, 1);
                     gemm(D, N, R / 2, kt + j0, T, dSn, N, dqt + j0, T, 1);
                 }
-                float dc = prep_bwd(T, D, x + h * D, W, cs, sn, gain[h] * scale, eps, dqt, 1, T, dx + h * D) * scale;
-dgain[(long)b * H + h] = dc;
+                float dc = prep_bwd(T, D, J, x + h * D, W, cs, sn, gain[h] * scale, eps, dqt, 1, T, dx + h * D) * scale;
+                dgain[(long)b * H + h] = dc;
             }
-            prep_bwd(T, D, x + (H + g) * D, W, cs, sn, 1.0f, eps, dk, D, 1, dx + (H + g) * D);
+            prep_bwd(T, D, J, x + (H + g) * D, W, cs, sn, 1.0f, eps, dk, D, 1, dx + (H + g) * D);
             for (int t = 0; t < T; t++)
                 for (int d = 0; d < D; d += 16) st(dx + (long)t * W + (H + G + g) * D + d, _mm512_loadu_ps(dv + (long)t * D + d));
         }
