@@ -2,15 +2,18 @@
 
 The components are data, bench/ablation.toml. All runs get the same seconds of training and the same bytes, are paired
 by seed with the recipe as it is, and are judged on a part of the training text (the tuning split, never the validation
-set). Runs are appended to FILE as they end, seed by seed over all components; a stopped bench goes on where it was.
-`--set KEY=VALUE` changes all runs: those are a setting of their own, with a column of their own. `--table` runs nothing
-and prints the tables, `--page docs/techniques.md` puts them into that page.
+set). What a step takes is measured first, beside the recipe's own (bench/pace.py); a run gets the steps that fill the
+seconds at that pace, so that it may share the machine with others and be repeated to the bit. Runs are appended to FILE
+as they end, seed by seed over all components; a stopped bench goes on where it was. `--set KEY=VALUE` changes all runs:
+those are a setting of their own, with a column of their own. `--table` runs nothing and prints the tables, `--page
+docs/techniques.md` puts them into that page.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import threading
 import tomllib
 from collections.abc import Callable
@@ -21,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from bench.pace import changes_the_step, step_ratio, step_seconds
 from bench.runs import golf_run, on_cores
 from bench.webtext import train_text, tuning_split
 from paramgolf.data.cache import cache_root
@@ -102,20 +106,54 @@ class Results:
         """What all runs of a comparison have in common, in the order in which they were measured."""
         return [json.loads(words) for words in dict.fromkeys(json.dumps(run["setting"]) for run in self.runs)]
 
+    def _paces(self, setting: list[str]) -> dict[str, Any]:
+        return self.data.setdefault("paces", {}).setdefault(json.dumps(setting), {"ratios": {}})
+
+    def ratio(self, overrides: tuple[str, ...], setting: list[str]) -> float:
+        """What a step with these overrides takes, over one of the recipe as it is."""
+        return self._paces(setting)["ratios"][json.dumps(overrides)] if changes_the_step(overrides) else 1.0
+
+    def step_ms(self, setting: list[str]) -> float:
+        """Of the recipe as it is."""
+        return 1e3 * self._paces(setting)["seconds"]
+
+    def steps(self, overrides: tuple[str, ...], setting: list[str]) -> int:
+        """How many fill the seconds of the setting."""
+        seconds = float(setting[0].partition("=")[2])
+        return max(1, round(1e3 * seconds / (self.step_ms(setting) * self.ratio(overrides, setting))))
+
+    def measure_paces(self, series: Series, setting: list[str]) -> None:
+        """Time the steps of components for which that was not done."""
+        paces, common, seconds = self._paces(setting), [*series.common, *setting], []
+        base = load_recipe(series.recipe, common)
+        for overrides in dict.fromkeys(component.set for component in series.components):
+            key = json.dumps(overrides)
+            if key not in paces["ratios"] and changes_the_step(overrides):
+                paces["ratios"][key], once = step_ratio(base, load_recipe(series.recipe, [*common, *overrides]))
+                seconds.append(once)
+                print(f"{key}: a step takes {paces['ratios'][key]:.3f} times as long", flush=True)
+        if "seconds" not in paces:  # never again: runs of all sessions are to be equally long
+            paces["seconds"] = statistics.median(seconds or [step_seconds(base)])
+        self._write()
+
+    def _write(self) -> None:
+        self.data["machine"] = environment()
+        atomic_write(self.path, (json.dumps(self.data, indent=1) + "\n").encode())
+
     def do(self, golf: Golf, overrides: tuple[str, ...], setting: list[str], seed: int) -> None:
         """Run unless that was done; a run that fails is a result too (a file that does not fit, say)."""
         if self.find(overrides, setting, seed) is not None:
             return
         run: Run = {"set": list(overrides), "setting": setting, "seed": seed}
+        bound = ["budget.seconds=0", f"budget.steps={self.steps(overrides, setting)}"]
         try:
-            record = golf([*setting, f"train.seed={seed}", *overrides])
+            record = golf([*setting, *bound, f"train.seed={seed}", *overrides])
             run |= {key: record.get(key) for key in KEYS}
         except RuntimeError as error:
             run["failed"] = str(error).rpartition(" ended with ")[2]
         with self._writing:
             self.runs.append(run)
-            self.data["machine"] = environment()
-            atomic_write(self.path, (json.dumps(self.data, indent=1) + "\n").encode())
+            self._write()
             print(json.dumps(run), flush=True)
 
 
@@ -153,7 +191,7 @@ def measured(component: Component, results: Results, setting: list[str]) -> Meas
         len(pairs), -float(gains.mean()), None if test.high is None else -test.high,
         None if test.low is None else -test.low,
         None if component.score != MODEL else float(np.mean([run[CACHED] - base[CACHED] for run, base in pairs])),
-        None if component.score != MODEL else float(np.mean([run["step_ms"] - base["step_ms"] for run, base in pairs])),
+        None if component.score != MODEL else (results.ratio(component.set, setting) - 1) * results.step_ms(setting),
     )  # fmt: skip
 
 
@@ -248,6 +286,7 @@ def main() -> None:
             def golf(words: list[str]) -> dict[str, Any]:
                 return golf_run(series.recipe, [*series.common, *words], train=train, val=held)
 
+            results.measure_paces(series, setting)
             every = dict.fromkeys([(), *(component.set for component in series.components)])
             jobs = [(overrides, seed) for seed in range(1, options.seeds + 1) for overrides in every]
             on_cores(lambda job: results.do(golf, job[0], setting, job[1]), jobs, options.workers)

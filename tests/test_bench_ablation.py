@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from bench import ablation
+from bench import ablation, pace
 from bench.ablation import Component, Results, load_series, measured, tables, with_tables
 from paramgolf.dist import Dist
 from paramgolf.errors import GolfError
@@ -33,6 +34,24 @@ def shrunk(recipe: Recipe) -> Recipe:
     """The same switches on 3 heads of 32 channels."""
     model = dataclasses.replace(recipe.model, dim=96, mlp_hidden=64)
     return dataclasses.replace(recipe, model=model)
+
+
+def test_the_average_step_counts_stages_and_loops_for_their_part() -> None:
+    recipe = load_recipe(
+        "pocket",
+        [
+            "model.loop_layers=[1, 2]", "model.loop_extra=2", "schedule.loop_at=[0.25, 0.75]",
+            "stages=[{at = 0.5, batch_tokens = 2048}]",
+        ],
+    )  # fmt: skip
+
+    def of(part: Recipe) -> float:
+        return part.train.batch_tokens * (1 + part.model.loop_extra)
+
+    assert pace.step_seconds(recipe, of) == 4096 * (0.25 * 1 + 0.25 * 2) + 2048 * (0.25 * 2 + 0.25 * 3)
+    assert pace.step_seconds(load_recipe("pocket"), of) == 4096
+    assert pace.changes_the_step(["optim.matrix=normuon"]) and pace.changes_the_step(["model.parts={}"])
+    assert not pace.changes_the_step(["optim.matrix_lr=1.0", "model.init=orthogonal_zero", "data.order=packed"])
 
 
 @pytest.mark.parametrize("component", SERIES.components, ids=lambda c: c.name)
@@ -66,13 +85,15 @@ def test_names_are_unique_and_scores_known() -> None:
 def run(overrides: tuple[str, ...], seed: int, bpb: float, **more: Any) -> dict[str, Any]:
     return {
         "set": list(overrides), "setting": ["budget.seconds=60"], "seed": seed, "val_bpb": bpb,
-        "val_bpb_ngram": bpb - 0.1, "val_bpb_float": bpb - 0.01, "step_ms": 100.0, **more,
+        "val_bpb_ngram": bpb - 0.1, "val_bpb_float": bpb - 0.01, **more,
     }  # fmt: skip
 
 
 def results(tmp_path: Path, *runs: dict[str, Any]) -> Results:
     made = Results(tmp_path / "ablation.json")
     made.runs.extend(runs)
+    ratios = {json.dumps(SERIES.components[0].set): 1.03}
+    made.data["paces"] = {json.dumps(["budget.seconds=60"]): {"seconds": 0.1, "ratios": ratios}}
     return made
 
 
@@ -81,7 +102,7 @@ def test_differences_are_paired_by_seed(tmp_path: Path) -> None:
     found = results(
         tmp_path,
         *(run((), seed, 2.0 + seed / 10) for seed in (1, 2, 3)),
-        *(run(xsa.set, seed, 2.0 + seed / 10 - gain, step_ms=103.0) for seed, gain in ((1, 0.01), (2, 0.012))),
+        *(run(xsa.set, seed, 2.0 + seed / 10 - gain) for seed, gain in ((1, 0.01), (2, 0.012))),
         run(xsa.set, 3, 0.0) | {"failed": "code 2"},
     )
     told = measured(xsa, found, ["budget.seconds=60"])
@@ -115,12 +136,16 @@ def test_runs_are_done_once_and_failures_kept(tmp_path: Path) -> None:
             raise RuntimeError("python -m paramgolf run ended with code 2")
         return {"val_bpb": 2.0, "unknown": 1}
 
+    setting, slow = ["budget.seconds=60"], ("model.dim=8",)
     for _ in range(2):
-        made = Results(tmp_path / "results.json")
-        for overrides in ((), ("model.dim=8",)):
-            made.do(golf, overrides, ["budget.seconds=60"], 1)
-    assert asked == [["budget.seconds=60", "train.seed=1"], ["budget.seconds=60", "train.seed=1", "model.dim=8"]]
-    kept = Results(tmp_path / "results.json").runs
+        made = results(tmp_path)
+        made.data["paces"][json.dumps(setting)]["ratios"][json.dumps(slow)] = 1.5
+        made.runs[:] = Results(tmp_path / "ablation.json").runs
+        for overrides in ((), slow):
+            made.do(golf, overrides, setting, 1)
+    told = [[*setting, "budget.seconds=0", f"budget.steps={n}", "train.seed=1"] for n in (600, 400)]
+    assert asked == [told[0], [*told[1], *slow]]
+    kept = Results(tmp_path / "ablation.json").runs
     assert [(r.get("failed"), r.get("val_bpb"), "unknown" in r) for r in kept] == [
         (None, 2.0, False),
         ("code 2", None, False),

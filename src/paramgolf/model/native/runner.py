@@ -120,11 +120,11 @@ class NativeRunner:
         b, n_b = Mix.apply(self.eps, "xn", *_flat(second))
         y = attention(block, Mix.apply(self.eps, "n", a, keep, x0, fresh))
         z = self._mlp(block, n_b)
-        first, other = (
-            [(lane, resid[i] * ones), (y, post[i] * block.attn_scale), (z, post[2 + i] * block.mlp_scale)]
-            for i, lane in enumerate((a, b))
-        )
-        return first, other
+
+        def after(i: int, lane: Tensor) -> Terms:
+            return [(lane, resid[i] * ones), (y, post[i] * block.attn_scale), (z, post[2 + i] * block.mlp_scale)]
+
+        return after(0, a), after(1, b)
 
     def _merged(self, stream: Terms, second: Terms) -> Terms:
         """As Lanes.merge."""
