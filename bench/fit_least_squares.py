@@ -37,6 +37,7 @@ PRIORS: dict[str, tuple[float, float]] = {
     "ratio": (0.01, 0.70),
     "best_ratio": (3.0, 0.30),
     "rounding": (0.012, 0.50),
+    "rounding_power": (0.30, 0.70),
 }
 REPEATS = 15.4  # Muennighoff et al. 2023; the sweep trains on more text than it reads
 NOISE = 0.010  # bits per byte between two runs that should be equal, and of the rule at its best
@@ -102,6 +103,7 @@ class _Runs:
         self.group = self.group.reshape(len(rows), len(series))
         rounded = [i for i, row in enumerate(rows) if row.get("coarseness") and row["val_bpb"] > row["val_bpb_float"]]
         self.step = np.array([rows[i]["coarseness"] for i in rounded])
+        self.share = (self.blocks / self.shapes.vocab_weights)[rounded]
         self.gap = np.array([rows[i]["val_bpb"] - rows[i]["val_bpb_float"] for i in rounded])
 
     def left(self, rule: Rule, offsets: np.ndarray) -> np.ndarray:
@@ -114,8 +116,8 @@ class _Runs:
 
     def misses(self, numbers: Mapping[str, float], offsets: np.ndarray) -> np.ndarray:
         rule = Rule(**numbers, repeats=REPEATS)
-        gaps = (np.log(rule.rounding * self.step**2) - np.log(self.gap)) / GAP_NOISE if len(self.gap) else np.zeros(0)
-        return np.concatenate([self.left(rule, offsets) / NOISE, gaps])
+        told = rule.rounding * self.step**2 * self.share**rule.rounding_power
+        return np.concatenate([self.left(rule, offsets) / NOISE, (np.log(told) - np.log(self.gap)) / GAP_NOISE])
 
     def ranges(self) -> dict[str, list[float]]:
         """Smallest and largest of what was run."""

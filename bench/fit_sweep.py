@@ -3,7 +3,8 @@
 Trains models of many shapes for few tokens, as `golf fit` would train them, on one piece of the shared web text, judged
 on a split of another piece: the validation text is not read. Runs are appended to FILE as they end, in an order in
 which any beginning of the list says something about every coefficient; the same command goes on where it was. `--fit`
-trains nothing: it writes the coefficients (src/paramgolf/lab/fit_rule.json) from FILE and from results/fit_trials.json.
+trains nothing: it writes the coefficients (src/paramgolf/lab/fit_rule.json) from FILE, from the checks below and from
+results/fit_trials.json.
 
     python -m bench.fit_sweep --check 250000x120 --json results/fit_check.json
 
@@ -15,6 +16,7 @@ each run a core of its own: then one core is the machine that a budget of second
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import sys
@@ -41,7 +43,7 @@ from paramgolf.recipe.load import load_recipe, to_toml
 from paramgolf.recipe.sections import Recipe
 from paramgolf.runner.environment import environment
 
-TRIALS = Path("results/fit_trials.json")
+TRIALS, CHECKS = Path("results/fit_trials.json"), Path("results/fit_check.json")
 RULE = Path(__file__).parent.parent / "src" / "paramgolf" / "lab" / RULE_FILE
 KEYS = (
     "val_bpb", "val_bpb_float", "val_bpb_ngram", "total_bytes", "params", "steps", "train_tokens", "step_ms", "seconds",
@@ -49,7 +51,8 @@ KEYS = (
 _CENTRE = Shape(4096, 4, 192, 480, 256, 4096)
 _BESIDE = 25.0  # seconds of a run beside its steps: start, score, packing
 _COARSENESS = (1.0, 0.5, 1.41, 0.71, 2.0)  # in turn: rounding is measured beside, at no cost
-_RANKS = (3, 10, 30, 100, 300)  # of further models of a check, by what is expected of them
+WIDTH = "pocket by width"
+_RANKS = (2, 5, 10, 20, 30, 100, 300)  # of further models of a check, by what is expected of them
 
 
 def configurations() -> list[tuple[Shape, int]]:
@@ -173,11 +176,12 @@ def _flops(shape: Shape) -> float:
 # -- the coefficients ------------------------------------------------------------------------------------------------
 
 
-def rows_of(path: Path) -> list[dict[str, Any]]:
-    """Runs with a result, in the form of fit_least_squares.fit."""
+def rows_of(path: Path, *, without: str = "") -> list[dict[str, Any]]:
+    """Runs with a result, in the form of fit_least_squares.fit; not those that were chosen by the rule `without`."""
     if not path.exists():
         return []
-    rows = [row for row in json.loads(path.read_text())["rows"] if row.get("val_bpb_float")]
+    rows = [row for row in json.loads(path.read_text())["rows"] if row.get("val_bpb_float") and row.get("shape")]
+    rows = [row for row in rows if not without or row.get("rule") != without]
     for row in rows:
         row["tokens"] = row.get("train_tokens") or row["tokens"]
         if row.get("params"):
@@ -185,9 +189,17 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def fit_rule(sweep_file: Path, trials: Path = TRIALS, rule: Path = RULE) -> dict[str, Any]:
-    """Fit the coefficients to the runs there are, and write them."""
-    swept = rows_of(sweep_file)
+def signature(rule: Mapping[str, Any]) -> str:
+    """Of the coefficients of a rule in its plain form."""
+    return hashlib.sha256(json.dumps(rule["coefficients"], sort_keys=True).encode()).hexdigest()[:8]
+
+
+def fit_rule(
+    sweep_file: Path, trials: Path = TRIALS, checks: Path = CHECKS, rule: Path = RULE, *, without: str = ""
+) -> dict[str, Any]:
+    """Fit the coefficients to the runs there are, and write them. `without`: the signature of a rule whose own checks,
+    which it is judged by, are left out."""
+    swept = rows_of(sweep_file) + rows_of(checks, without=without)
     sizes = dict(BYTES_PER_TOKEN)
     for row in swept:
         sizes[row["shape"][0]] = round(row["bytes_per_token"], 4)
@@ -197,7 +209,7 @@ def fit_rule(sweep_file: Path, trials: Path = TRIALS, rule: Path = RULE) -> dict
         rows = [{**row, "series": "" if row.get("as_chosen") else row["series"]} for row in rows]
     table = fit(rows, dict(sorted(sizes.items())))
     table["about"] = "Coefficients of lab/sizing.py, written by `python -m bench.fit_sweep --fit`; see docs/fit.md"
-    table["evidence"]["files"] = [file.name for file in (sweep_file, trials) if rows_of(file)]
+    table["evidence"]["files"] = [file.name for file in (sweep_file, checks, trials) if rows_of(file)]
     atomic_write(rule, (json.dumps(dict(sorted(table.items())), indent=1) + "\n").encode())
     return table
 
@@ -220,32 +232,37 @@ def pocket_by_width(budget: Budget) -> Recipe:
     return found
 
 
-def check(path: Path, budget: Budget, *, train: str = "", val: str = "", workers: int = 1) -> None:
-    """Run the choice, the re-sized pocket and the neighbours of the choice under one budget; print the table."""
+def check(path: Path, budget: Budget, *, only: int = 0, train: str = "", val: str = "", workers: int = 1) -> None:
+    """Run the re-sized pocket, the choice of today's rule, its neighbours and others under one budget (`only`: the
+    first so many of them); print the table of all that were run under it."""
     runs, base = Sweep(path), load_recipe(PARENT)
-    key = f"{budget.bytes}x{budget.seconds:g}"
+    key, rule = f"{budget.bytes}x{budget.seconds:g}", signature(json.loads(RULE.read_text()))
     plans = runs.data.setdefault("plans", {})
 
-    def choose(found: dict[str, list[dict[str, Any]]]) -> None:
-        found[key] = _configurations(base, budget, look_at(train or train_text(), base))
+    def choose(found: dict[str, Any]) -> None:
+        configurations = _configurations(base, budget, look_at(train or train_text(), base))
+        found[key] = {"rule": rule, "configurations": configurations}
 
-    if key not in plans:  # chosen once: a stopped check goes on with the same configurations
+    if plans.get(key, {}).get("rule") != rule:  # chosen once: a stopped check goes on with the same configurations
         on_cores(choose, [plans], workers)  # where the runs will be: the steps are timed there
         runs.write()
+    planned = plans[key]["configurations"]
     bound = replace(base.budget, bytes=budget.bytes, seconds=budget.seconds)
-    wanted = [(f"{key} pocket by width", pocket_by_width(budget), {"as": "pocket by width", "expected": None})]
-    for plan in plans[key]:
+    wanted = [(f"{key} {WIDTH}", pocket_by_width(budget), {"as": WIDTH, "expected": None})]
+    for plan in planned:
         recipe = shaped(replace(base, budget=bound), Shape(*plan["shape"]), plan["coarseness"], plan["steps"])
-        wanted.append((f"{key} {plan['as']} {plan['shape']}", recipe, plan))
+        wanted.append((f"{key} {plan['shape']}", recipe, plan))
 
     def work(job: tuple[str, Recipe, dict[str, Any]]) -> None:
         name, recipe, facts = job
         if runs.row(name) is None:
             judged = replace(recipe, name="fit-check", score=replace(recipe.score, stride=0))
-            runs.run(name, judged, {"budget": key, **facts}, train=train, val=val)
+            runs.run(name, judged, {"budget": key, "rule": rule, **facts}, train=train, val=val)
 
-    on_cores(work, wanted, workers)
-    _print_check([runs.row(name) or {} for name, _, _ in wanted])
+    on_cores(work, wanted[: only or None], workers)
+    told = {f"{key} {plan['shape']}": {"as": plan["as"], "expected": plan["expected"]} for plan in planned}
+    rows = [row for row in runs.data["rows"] if row["budget"] == key]
+    _print_check([row | told.get(row["name"], {"as": f"earlier {row['as']}"}) for row in rows])
 
 
 def _configurations(base: Recipe, budget: Budget, text: Text) -> list[dict[str, Any]]:
@@ -256,9 +273,10 @@ def _configurations(base: Recipe, budget: Budget, text: Text) -> list[dict[str, 
     order = np.argsort(search.bound, kind="stable")
     further = [(f"rank {rank}", search.exact(int(order[rank]))) for rank in _RANKS]
     found = [("chosen", choice.best), *choice.alternatives, *[(name, c) for name, c in further if c is not None]]
+    named = {c.shape: (name, c) for name, c in reversed(found)}  # a shape that is several of them keeps its first name
     return [
         {"as": name, "shape": list(c.shape), "coarseness": c.coarseness, "steps": c.steps, "expected": c.loss}
-        for name, c in found
+        for name, c in reversed(named.values())
     ]
 
 
@@ -268,7 +286,7 @@ def _print_check(rows: Sequence[Mapping[str, Any]]) -> None:
         expected = f"{row['expected']:.4f}" if row.get("expected") else ""
         print(f"{row['as']:18} {row.get('shape', '')!s:36} {row['val_bpb']:.4f} {expected:>8} {row['total_bytes']:,}")
     chosen = next((row["val_bpb"] for row in done if row["as"] == "chosen"), math.nan)
-    pocket = next((row["val_bpb"] for row in done if row["as"] == "pocket by width"), math.nan)
+    pocket = next((row["val_bpb"] for row in done if row["as"].endswith(WIDTH)), math.nan)
     if done:
         best = done[0]["val_bpb"]
         print(f"{len(done)} runs; chosen / best {chosen / best:.4f}, chosen / pocket by width {chosen / pocket:.4f}")
@@ -291,7 +309,7 @@ def main() -> None:
             size, _, seconds = options.check.partition("x")
             if not (size.isdecimal() and seconds.isdecimal()):
                 parser.error(f"--check {options.check}: not BYTESxSECONDS, e.g. 250000x120")
-            check(options.json, Budget(int(size), float(seconds)), **ways)
+            check(options.json, Budget(int(size), float(seconds)), only=options.only, **ways)
         elif options.minutes:
             sweep(options.json, options.minutes, only=options.only, **ways)
         if options.fit:

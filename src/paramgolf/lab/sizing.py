@@ -98,6 +98,7 @@ class Rule:
     ratio: float  # times the squared log of (hidden / dim) / best_ratio
     best_ratio: float
     rounding: float  # of pocket's grids; grows with the square of the step
+    rounding_power: float  # and with this power of the blocks' weights over the embedding's, whose grid is finer
     repeats: float  # passes after which a further one is worth 1/e of the first
     bytes_per_token: dict[int, float] = field(default_factory=dict)  # of web text by vocabulary
     evidence: dict[str, Any] = field(default_factory=dict)  # what the coefficients were fitted to
@@ -155,7 +156,9 @@ class Rule:
             "context": self.context * rows**-self.context_power,
             "form": self.aspect * np.log(shapes.dim / shapes.layers / self.best_aspect) ** 2
             + self.ratio * np.log(shapes.hidden / shapes.dim / self.best_ratio) ** 2,
-            "rounding": self.rounding * np.asarray(coarseness, dtype=np.float64) ** 2,
+            "rounding": self.rounding
+            * np.asarray(coarseness, dtype=np.float64) ** 2
+            * (blocks / shapes.vocab_weights) ** self.rounding_power,
         }
 
     def loss(
