@@ -131,10 +131,11 @@ class Results:
             if key not in paces["ratios"] and changes_the_step(overrides):
                 paces["ratios"][key], once = step_ratio(base, load_recipe(series.recipe, [*common, *overrides]))
                 seconds.append(once)
+                self._write()
                 print(f"{key}: a step takes {paces['ratios'][key]:.3f} times as long", flush=True)
         if "seconds" not in paces:  # never again: runs of all sessions are to be equally long
             paces["seconds"] = statistics.median(seconds or [step_seconds(base)])
-        self._write()
+            self._write()
 
     def _write(self) -> None:
         self.data["machine"] = environment()
