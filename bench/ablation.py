@@ -212,7 +212,7 @@ def table(series: Series, results: Results, components: list[Component]) -> str:
     for component in components:
         found = [measured(component, results, setting) for setting in settings]
         last = next((m for m in reversed(found) if m is not None), None)
-        size = planned_bytes(series.recipe, component.set) - planned_bytes(series.recipe, ())
+        size = planned_bytes(series.recipe, series.common + component.set) - planned_bytes(series.recipe, series.common)
         cells = [component.name, component.what, _keys(component), *(_difference(m) for m in found)]
         cells.append("" if last is None or last.cached is None else f"{last.cached:+.4f}")
         cells.append("" if last is None or last.step_ms is None else f"{last.step_ms:+.1f}")
