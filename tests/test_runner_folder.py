@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +27,25 @@ def test_runs_that_begin_in_the_same_second_get_folders_of_their_own(
     recipe = load_recipe("pocket")
     roots = {claim(None, recipe, resume=False, note=print)["root"] for _ in range(3)}
     assert len(roots) == 3 and all((Path(root) / "recipe.toml").is_file() for root in roots)
+
+
+def test_of_runs_given_one_folder_at_once_one_has_it(tmp_path: Path) -> None:
+    """And the recipe in it is that one's."""
+    for attempt in range(20):
+        out, gate = tmp_path / str(attempt), threading.Barrier(4)
+
+        def begin(seed: int, out: Path = out, gate: threading.Barrier = gate) -> int | None:
+            recipe = load_recipe("pocket", [f"train.seed={seed}"])
+            gate.wait()
+            try:
+                claim(out, recipe, resume=False, note=print)
+            except GolfError:
+                return None
+            return seed
+
+        with ThreadPoolExecutor(4) as pool:
+            began = [seed for seed in pool.map(begin, range(4)) if seed is not None]
+        assert began == [load_recipe(str(out / "recipe.toml")).train.seed]
 
 
 def test_a_name_that_no_recipe_file_can_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

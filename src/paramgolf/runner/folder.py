@@ -158,7 +158,7 @@ def _open(root: Path, recipe: Recipe, toml: bytes, *, resume: bool) -> Recipe:
     if occupied and not resume:
         raise GolfError(f"--out {root} already holds a run; add --resume to go on with it, or choose another folder")
     if not occupied:
-        atomic_write(saved, toml)
+        _begin(saved, toml)
         return recipe
     before = load_recipe(str(saved))
     changed = _differences(before, recipe)
@@ -167,6 +167,24 @@ def _open(root: Path, recipe: Recipe, toml: bytes, *, resume: bool) -> Recipe:
     for stray in root.glob(".*.tmp"):  # half a file that a killed run left
         stray.unlink(missing_ok=True)
     return recipe if recipe.data.train else before
+
+
+def _begin(saved: Path, toml: bytes) -> None:
+    """Write the recipe of a new run. Of several processes that begin one in the same folder at once, one does."""
+    try:
+        saved.parent.mkdir(parents=True, exist_ok=True)
+        saved.open("xb").close()
+    except FileExistsError:
+        if saved.is_file():
+            raise GolfError(f"--out {saved.parent}: another run has just begun in it; choose another folder") from None
+    except OSError:
+        pass  # the write below says what is wrong
+    try:
+        atomic_write(saved, toml)
+    except GolfError:
+        with contextlib.suppress(OSError):
+            saved.unlink()
+        raise
 
 
 def _differences(old: Recipe, new: Recipe) -> list[str]:
