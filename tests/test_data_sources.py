@@ -94,7 +94,7 @@ def test_compressed_files(tmp_path: Path, suffix: str, pack: object) -> None:
 
 def test_jsonl(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
-    path.write_text('{"text": "one\\nline"}\n\n{"text": "two\\u001e\\nthree", "x": 1}\n{"text": ""}\n')
+    path.write_text('{"text": "one\\nline"}\n\n{"text": "two\\u001e\\nthree", "x": 1}\n{"text": ""}\n{"text": null}\n')
     assert read(path) == [b"one\nline", b"two", b"three"]
     path.write_text('{"body": "é"}\n')
     assert read(path, "body") == ["é".encode()]

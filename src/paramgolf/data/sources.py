@@ -302,6 +302,8 @@ def _jsonl_rows(source: Source) -> Iterator[bytes]:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise GolfError(f"{where}: not JSON ({error}); each line must be one JSON object") from error
+            if isinstance(row, dict) and row.get(source.field, "") is None:
+                continue  # no document, as a null in parquet
             if not isinstance(row, dict) or not isinstance(row.get(source.field), str):
                 keys = f"keys: {', '.join(map(str, list(row)[:8]))}" if isinstance(row, dict) else "not an object"
                 raise GolfError(f"{where}: no text in field '{source.field}' ({keys}); set data.text_field")
