@@ -218,12 +218,16 @@ def fit_rule(
 
 
 def pocket_by_width(budget: Budget) -> Recipe:
-    """The pocket recipe re-sized to a cap by its width alone: the largest whose forecast fits."""
+    """The pocket recipe re-sized to a cap by its width alone: the largest that the fused kernels run and whose forecast
+    fits. MLPs of 2.5 widths to the next multiple of 16, heads as near to pocket's 64 channels as multiples of 16 come."""
     base = load_recipe(PARENT, [f"budget.bytes={budget.bytes}", f"budget.seconds={budget.seconds}"])
     found = None
-    for dim in range(16, 2049, 8):
-        heads = next(n for n in range(max(1, dim // HEAD), 0, -1) if dim % (2 * n) == 0)
-        model = replace(base.model, dim=dim, num_heads=heads, num_kv_heads=kv_heads(heads), mlp_hidden=dim * 5 // 2)
+    for dim in range(16, 2049, 16):
+        heads = min((n for n in range(1, dim // 16 + 1) if dim % (16 * n) == 0), key=lambda n: abs(dim / n - HEAD))
+        if dim > HEAD and not HEAD / 2 <= dim / heads <= 2 * HEAD:
+            continue
+        hidden = -(-dim * 5 // 2 // 16) * 16
+        model = replace(base.model, dim=dim, num_heads=heads, num_kv_heads=kv_heads(heads), mlp_hidden=hidden)
         recipe = replace(base, model=model)
         if file_bytes(recipe) <= AIM * budget.bytes:
             found = recipe  # not the first that is too large ends it: a wider one may have fewer matrices in float16
