@@ -218,8 +218,8 @@ def fit_rule(
 
 
 def pocket_by_width(budget: Budget) -> Recipe:
-    """The pocket recipe re-sized to a cap by its width alone: the largest that the fused kernels run and whose forecast
-    fits. MLPs of 2.5 widths to the next multiple of 16, heads as near to pocket's 64 channels as multiples of 16 come."""
+    """The pocket recipe re-sized to a cap by its width alone: the largest whose forecast fits, of those that the fused
+    kernels run: MLPs of 2.5 widths to the next multiple of 16, heads of about pocket's 64 channels likewise."""
     base = load_recipe(PARENT, [f"budget.bytes={budget.bytes}", f"budget.seconds={budget.seconds}"])
     found = None
     for dim in range(16, 2049, 16):
