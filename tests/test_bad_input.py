@@ -415,6 +415,13 @@ def test_no_compiler(capfd: CapFd, tmp_path: Path, text: Path, monkeypatch: pyte
     assert "none: training runs uncompiled" in golf_here(capfd, "doctor").out
 
 
+def test_a_width_that_the_fused_kernels_cannot_run_is_told(capfd: CapFd, tmp_path: Path, text: Path) -> None:
+    options = ["train.dtype=bfloat16", "train.compile=off", "model.mlp_hidden=60", "--data", text]
+    answer = golf_here(capfd, "run", "pocket", *TINY, *options, "--out", tmp_path / "run")
+    assert answer.code == 0, answer.err
+    assert "without the fused CPU kernels: widths must be multiples of 16" in answer.err
+
+
 def test_a_reader_that_leaves_early_is_no_error() -> None:
     command = f"{sys.executable} -m paramgolf recipes pocket | head -1"
     answer = Answer(*_shell(command))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from paramgolf.dist import Dist
@@ -253,6 +254,8 @@ class Session:
             raise GolfError(f"train.kernels = fused is not possible here: {reason}; use train.kernels=auto")
         if self.dist.all_max(float(bool(reason))):
             self.parts.model.use_plain()
+            if wanted == "auto" and reason and self.dist.device.type == "cpu" and self.chosen.dtype == torch.bfloat16:
+                self.note(f"note: without the fused CPU kernels: {reason}")
             return "plain"
         return "fused"
 
