@@ -55,7 +55,7 @@ def write_run(folder: Path, index: int, *, lines: int, artifact_bytes: int) -> N
             "source": "0" * 64, "recipe": sha256_bytes(recipe), "artifact": sha256_bytes(artifact),
             "train_log": sha256_bytes(log),
         },
-        "environment": {"cpu": "a processor", "cpu_count": 2, "gpus": [], "packages": {"numpy": "2", "torch": "2"}},
+        "environment": {"cpu": "a processor", "cpu_count": 2, "gpus": [], "torch": "2", "packages": {"numpy": "2"}},
         "val_loss": 3.2, "val_bpb": bpb, "val_loss_sliding": 3.1, "val_bpb_sliding": bpb - 0.02, "stride": 64,
         "scored_tokens": 80_000, "scored_bytes": 300_000, "bytes_from": "documents", "val_bpb_float": bpb - 0.004,
         "artifact_bytes": size, "code_bytes": 0, "total_bytes": size, "cap_bytes": 1_000_000,
@@ -64,11 +64,12 @@ def write_run(folder: Path, index: int, *, lines: int, artifact_bytes: int) -> N
         "codec": "rans", "params": 2_000_000 + 1000 * hidden, "steps": 10 * lines, "train_tokens": 40_960 * lines,
         "step_ms": 110.0, "seconds": {"strict": 239.0, "challenge": 230.0, "process": 260.0, "train": 220.0},
         "peak_memory_bytes": 900_000_000,
+        "training": {"train_seconds": 220.0, "stop_reason": "seconds", "world": 1},
         "data": {
             "source": [{"sha256": "1" * 64}], "tokenizer": {"sha256": "2" * 64}, "train": {"shards": [shard]},
             "val": {"shards": [shard], "sha256": "3" * 64},
         },
-        "peers": {}, "paths": {},
+        "peers": {}, "paths": {"artifact": "model.golf", "report": "report.html"},
     }  # fmt: skip
     (folder / "record.json").write_text(json.dumps(seal(record), indent=1) + "\n")
 

@@ -17,7 +17,10 @@ from paramgolf.runner.record import seal
 from paramgolf.submit.audit.audit import audit
 from paramgolf.submit.package import CAP, Author, packed_script, read_runs, submit
 
-DATA = {"tokenizer": {"sha256": "00", "reversible": False}, "train": {"tokens": 9}, "val": {"tokens": 9}}
+DATA = {
+    "tokenizer": {"sha256": "00", "reversible": False},
+    "train": {"tokens": 9, "shards": []}, "val": {"tokens": 9, "shards": []},
+}  # fmt: skip
 
 
 def write_run(root: Path, seed: int, **changes: Any) -> Path:
@@ -25,16 +28,18 @@ def write_run(root: Path, seed: int, **changes: Any) -> Path:
     root.mkdir(parents=True)
     recipe = load_recipe("pr114", [f"train.seed={seed}"])
     (root / "recipe.toml").write_text(to_toml(recipe))
-    rows = [{"step": step, "loss": 7.0 - step / 10, "elapsed": step / 10} for step in (1, 10, 20)]
+    rows = [{"step": step, "tokens": 9 * step, "loss": 7.0 - step / 10, "elapsed": step / 10} for step in (1, 10, 20)]
     (root / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     record = {
         "format": 1, "paramgolf": "0.1.0", "recipe": "pr114", "seed": seed, "data": DATA,
-        "sha256": {"source": source_sha256()}, "environment": {"gpus": [], "cpu": "a CPU", "torch": "2.9"},
+        "sha256": {"source": source_sha256()}, "peers": {}, "paths": {"artifact": "a", "report": "r"},
+        "environment": {"gpus": [], "cpu": "a CPU", "cpu_count": 2, "torch": "2.9"}, "cap_bytes": 0, "code_bytes": 0,
         "training": {"world": 1, "train_seconds": 2.0, "stop_reason": "steps"}, "steps": 20, "step_ms": 100.0,
         "val_loss": 2.0 + seed / 1000, "val_bpb": 1.2 + seed / 1000, "val_loss_sliding": 1.95 + seed / 1000,
         "val_bpb_sliding": 1.15 + seed / 1000, "val_loss_float": 1.99, "val_bpb_float": 1.19, "windows": "exact",
         "artifact_bytes": 15_000_000, "ledger": {"tokenizer": 9_000}, "codec": "zlib", "params": 21_778_504,
         "scored_tokens": 1000, "scored_bytes": 2400, "peak_memory_bytes": 1 << 30, "seconds": {"score": 3.0},
+        "total_bytes": 15_000_000, "train_tokens": 180,
     } | changes  # fmt: skip
     (root / "record.json").write_text(json.dumps(seal(record)))
     return root

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import sentencepiece
 
+from bench.lab import write_run
 from paramgolf.api import load
 from paramgolf.data.cache import cache_root
 from paramgolf.data.shards import write_shard
@@ -101,10 +102,12 @@ def test_the_kept_file_is_the_text(
 def test_a_prefix_recorded_in_the_run(
     artifact: Path, text: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    folder = RunFolder(tmp_path)
+    folder = RunFolder(tmp_path / "run")
+    write_run(folder.root, 0, lines=1, artifact_bytes=1)
     folder.artifact.write_bytes(artifact.read_bytes())
-    record = write_record(folder, {"sha256": {"artifact": TextModel(artifact).sha256}, "val_bpb": 3.0})
-    shown = golf_here(capfd, "prove", tmp_path, "--data", text, "--limit", "2000", "--json")
+    hashes = {"sha256": {"artifact": TextModel(artifact).sha256}, "val_bpb": 3.0}
+    record = write_record(folder, json.loads(folder.record.read_text()) | hashes)
+    shown = golf_here(capfd, "prove", folder.root, "--data", text, "--limit", "2000", "--json")
     assert shown.code == 0, shown.err
     proof = json.loads(shown.out)
     assert proof["text_bytes"] == 2000 and proof["documents"] == 3
@@ -112,7 +115,7 @@ def test_a_prefix_recorded_in_the_run(
     assert after is not None and after["proof"] == proof | {"validation": False} and after["val_bpb"] == 3.0
     assert after["proved_bpb"] == proof["proved_bpb"] and seal(after)[SEAL] == after[SEAL] != record[SEAL]
     folder.record.write_text(json.dumps(after | {"val_bpb": 1.0}))
-    assert "seal" in error_line(golf_here(capfd, "prove", tmp_path, "--data", text, "--limit", "300"))
+    assert "seal" in error_line(golf_here(capfd, "prove", folder.root, "--data", text, "--limit", "300"))
 
 
 def test_a_run_with_lanes_and_its_proof(text: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

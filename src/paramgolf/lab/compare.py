@@ -162,7 +162,7 @@ def compare(
 def _values(group: Group, metric: str) -> np.ndarray:
     values = [run.record.get(metric) for run in group.runs]
     for run, value in zip(group.runs, values, strict=True):
-        if not isinstance(value, float):
+        if not isinstance(value, float) or not math.isfinite(value):
             raise GolfError(f"{run.path} has no {metric}; choose another --metric")
     return np.array(values, np.float64)
 

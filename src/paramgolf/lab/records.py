@@ -12,6 +12,7 @@ from typing import Any
 
 from paramgolf.errors import GolfError
 from paramgolf.runner.folder import RunFolder
+from paramgolf.runner.form import NAMED, check_record
 from paramgolf.runner.record import FORMAT, SEAL, seal
 
 MAX_RECORD = 16 * 2**20  # bytes; ours have about 5,000
@@ -42,12 +43,13 @@ def parse_record(data: bytes, where: Path) -> dict[str, Any]:
     return record
 
 
-def read_record(folder: RunFolder) -> dict[str, Any]:
-    """The record of a finished run whose seal holds. GolfError otherwise."""
+def read_record(folder: RunFolder, needed: tuple[str, ...] = NAMED) -> dict[str, Any]:
+    """The record of a finished run whose seal holds, which has the `needed` keys, and whose keys have their form.
+    GolfError otherwise."""
     record = parse_record(read_bytes(folder.record), folder.record)
     if record.get(SEAL) != seal(record)[SEAL]:
         raise GolfError(f"{folder.record} was changed after it was sealed; see `golf verify {folder.root}`")
-    return record
+    return check_record(record, folder.record, needed)
 
 
 def read_bytes(path: Path, limit: int = MAX_RECORD) -> bytes:
@@ -78,9 +80,13 @@ def recipe_table(folder: RunFolder) -> dict[str, Any]:
     """The plain table of the run's recipe. GolfError if it cannot be read."""
     path = folder.root / "recipe.toml"
     try:
-        return tomllib.loads(read_bytes(path).decode())
-    except ValueError as error:
+        table = tomllib.loads(read_bytes(path).decode())
+    except (ValueError, RecursionError) as error:
         raise GolfError(f"{path} is not valid TOML: {error}; get the file again") from None
+    for key in ("train", "data", "budget", "pack"):
+        if not isinstance(table.get(key, {}), dict):
+            raise GolfError(f"{path}: {key} is no table; get the file again")
+    return table
 
 
 def identity(table: dict[str, Any]) -> str:

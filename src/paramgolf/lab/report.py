@@ -31,9 +31,10 @@ def write_report(arguments: list[str], out: Path) -> dict[str, Any]:
         reasons = f": {problems[0]}" if problems else ""
         raise GolfError(f"none of these runs can be shown{reasons}")
     page = render(runs, [study_section(folder) for folder in studies], problems)
-    atomic_write(out, page.encode())
+    data = page.encode(errors="backslashreplace")  # names of folders need not be UTF-8
+    atomic_write(out, data)
     return {
-        "report": str(out), "runs": len(runs), "studies": len(studies), "bytes": len(page.encode()),
+        "report": str(out), "runs": len(runs), "studies": len(studies), "bytes": len(data),
         "left_out": problems,
     }  # fmt: skip
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -15,6 +14,7 @@ from paramgolf.files import sha256_file
 from paramgolf.lab.records import find_runs, identity, parse_record, read_bytes, recipe_table
 from paramgolf.lab.storage import CARD
 from paramgolf.runner.folder import RunFolder
+from paramgolf.runner.form import NAMED, LogPoint, check_record, log_point
 from paramgolf.runner.record import SEAL, seal
 
 CURVE_POINTS = 80
@@ -24,8 +24,8 @@ MAX_LOG = 64 * 2**20  # bytes of a train.jsonl that are read for its curve
 
 @dataclass(frozen=True)
 class RunFacts:
-    """One run. `curve`: (step, tokens, seconds, loss) of about 80 places, each the mean around it. `settings`: the
-    recipe's values as text, by dotted key."""
+    """One run. `curve`: about 80 places, each with the mean loss around it. `settings`: the recipe's values as text, by
+    dotted key."""
 
     path: str
     name: str
@@ -33,7 +33,7 @@ class RunFacts:
     identity: str
     finished: str
     seal: str  # "sealed", or what does not fit
-    curve: list[tuple[float, float, float, float]] = field(repr=False)
+    curve: list[LogPoint] = field(repr=False)
     settings: dict[str, str] = field(repr=False)
 
     @property
@@ -61,8 +61,6 @@ def collect(arguments: list[str]) -> tuple[list[RunFacts], list[Path], list[str]
             runs.append(read_run(RunFolder(record.parent)))
         except GolfError as error:
             problems.append(str(error))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            problems.append(f"{record} lacks what the report needs ({error})")
     names = [run.name for run in runs]
     doubled = {name for name in names if names.count(name) > 1}
     runs = [RunFacts(**{**vars(run), "name": run.path}) if run.name in doubled else run for run in runs]
@@ -70,9 +68,9 @@ def collect(arguments: list[str]) -> tuple[list[RunFacts], list[Path], list[str]
 
 
 def read_run(folder: RunFolder) -> RunFacts:
-    """The facts of one folder. Raises GolfError, KeyError or ValueError for a record without them."""
-    record = parse_record(read_bytes(folder.record), folder.record)
-    float(record["val_bpb"]), int(record["total_bytes"])
+    """The facts of one folder. Raises GolfError for a record without them."""
+    needed = (*NAMED, "val_bpb", "total_bytes")
+    record = check_record(parse_record(read_bytes(folder.record), folder.record), folder.record, needed)
     finished = datetime.fromtimestamp(folder.record.stat().st_mtime).isoformat(" ", "minutes")
     table = recipe_table(folder)
     return RunFacts(
@@ -104,20 +102,15 @@ def seal_state(folder: RunFolder, record: dict[str, Any]) -> str:
     return ", ".join(wrong) or "sealed"
 
 
-def curve(log: Path) -> list[tuple[float, float, float, float]]:
+def curve(log: Path) -> list[LogPoint]:
     """The loss curve of a train.jsonl, thinned; [] without one."""
     try:
         data = read_bytes(log, MAX_LOG)
     except GolfError:
         return []
     lines = data.splitlines()
-    rows = []
-    for line in lines[:: max(1, len(lines) // (16 * CURVE_POINTS))]:
-        try:
-            row = json.loads(line)
-            rows.append((row["step"], row["tokens"], row["elapsed"], float(row["loss"])))
-        except (ValueError, KeyError, TypeError):
-            continue  # a torn last line
-    size = max(1, -(-len(rows) // CURVE_POINTS))
-    parts = [rows[i : i + size] for i in range(0, len(rows), size)]
-    return [(*part[len(part) // 2][:3], sum(row[3] for row in part) / len(part)) for part in parts]
+    some = map(log_point, lines[:: max(1, len(lines) // (16 * CURVE_POINTS))])
+    points = [point for point in some if point is not None]
+    size = max(1, -(-len(points) // CURVE_POINTS))
+    parts = [points[i : i + size] for i in range(0, len(points), size)]
+    return [part[len(part) // 2]._replace(loss=sum(point.loss for point in part) / len(part)) for part in parts]

@@ -65,7 +65,7 @@ class Findings:
             self.checks.append(Check(name, False, str(error)))
         except KeyError as error:
             self.checks.append(Check(name, False, f"the record has no {error.args[0]}"))
-        except (TypeError, AttributeError, ValueError) as error:
+        except (TypeError, AttributeError, ValueError, RecursionError, OverflowError) as error:
             self.checks.append(Check(name, False, f"the record is malformed there ({error})"))
 
     def as_dict(self) -> dict[str, Any]:
@@ -106,7 +106,7 @@ def verify(
 
 def _check_seal(findings: Findings, record: dict[str, Any], raw: bytes) -> None:
     findings.same("seal of record.json", record.get(SEAL), sha256_bytes(canonical(record)))
-    written = json.dumps(record, indent=1, ensure_ascii=False).encode() + b"\n"
+    written = json.dumps(record, indent=1, ensure_ascii=False).encode(errors="surrogatepass") + b"\n"
     detail = "" if raw == written else "its bytes are not as golf wrote them: spacing, order or repeated keys differ"
     findings.checks.append(Check("bytes of record.json", raw == written, detail))
 

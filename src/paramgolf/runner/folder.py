@@ -17,6 +17,7 @@ from paramgolf.errors import GolfError
 from paramgolf.files import atomic_write
 from paramgolf.recipe.load import load_recipe, to_table, to_toml
 from paramgolf.recipe.sections import Recipe
+from paramgolf.runner.form import SHOWN, check_record
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class RunFolder:
             raise GolfError(f"{self.record} cannot be read: {error}; choose another --out") from None
         if not isinstance(record, dict):
             raise GolfError(f"{self.record} is no record of a run; choose another --out")
-        return record
+        return check_record(record, self.record, SHOWN)
 
 
 def new_root(recipe: Recipe) -> Path:

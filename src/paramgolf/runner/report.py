@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import io
-import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from paramgolf.files import atomic_write
 from paramgolf.runner.folder import RunFolder
+from paramgolf.runner.form import LogPoint, log_point, read_frontier
 from paramgolf.runner.summary import byte_table_lines, proof_coders, score_rows, seconds_rows
 
 if TYPE_CHECKING:
@@ -33,43 +33,30 @@ def write_report(folder: RunFolder, record: dict[str, Any], title: str) -> None:
         ledger=_ledger(record),
         grids=_grids(record),
         frontier_svg=frontier_svg(read_frontier(folder.frontier)),
+        kilobyte=record.get("fit", {}).get("nats_per_kilobyte", 0.0),
         seconds=seconds_rows(record),
         causes=_causes(record),
     )
-    atomic_write(folder.report, html.encode())
+    atomic_write(folder.report, html.encode(errors="backslashreplace"))
 
 
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a train.jsonl; a last line that a kill cut off is left out."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    return rows
+def read_log(path: Path) -> list[LogPoint]:
+    """The lines of a train.jsonl; one that a kill cut off is left out."""
+    lines = path.read_bytes().splitlines() if path.is_file() else []
+    return [point for point in map(log_point, lines) if point is not None]
 
 
-def loss_svg(rows: list[dict[str, Any]]) -> str:
+def loss_svg(points: Sequence[LogPoint]) -> str:
     """Training loss against counted seconds, as inline SVG."""
-    points = [(row["elapsed"], row["loss"]) for row in rows if "loss" in row]
     if not points:
         return "<p>No step was logged.</p>"
 
     def draw(axes: Axes) -> None:
-        axes.plot(*zip(*points, strict=True), color="#3465a4", linewidth=1.2)
+        axes.plot([point.elapsed for point in points], [point.loss for point in points], color="#3465a4", linewidth=1.2)
         axes.set_xlabel("training seconds")
         axes.set_ylabel("training loss (nats per token)")
 
     return _svg(draw)
-
-
-def read_frontier(path: Path) -> dict[str, Any]:
-    """What `golf pack --frontier` left; {} without it."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError:
-        return {}
 
 
 def frontier_svg(frontier: dict[str, Any]) -> str:

@@ -52,7 +52,7 @@ def score_rows(record: dict[str, Any]) -> list[tuple[str, float]]:
     """What was scored and its bits per byte: the file, the weights before quantisation, other compressors."""
     rows = [("model.golf", record["val_bpb"])]
     if record.get("val_bpb_sliding") is not None:
-        name = f"model.golf, windows sliding by {record['stride']} tokens"
+        name = f"model.golf, windows sliding by {record.get('stride')} tokens"
         rows = [(name, record["val_bpb_sliding"]), ("model.golf, windows side by side", record["val_bpb"])]
     learning = [(f"model.golf, {name}", record[f"val_bpb_{key}"]) for key, name in adapted_keys(record).items()]
     rows = sorted(learning, key=lambda row: row[1]) + rows
@@ -75,7 +75,7 @@ def adapted_keys(result: dict[str, Any]) -> dict[str, str]:
 def table_rows(result: dict[str, Any], name: str) -> list[tuple[str, float]]:
     """The score by the tokenizer's byte table, where that is another than by the bytes of the documents."""
     by_table = result.get("val_bpb_table")
-    return [(name, by_table)] if by_table is not None and result["table_bytes"] != result["scored_bytes"] else []
+    return [(name, by_table)] if by_table is not None and result.get("table_bytes") != result["scored_bytes"] else []
 
 
 def byte_table_lines(result: dict[str, Any]) -> list[str]:

@@ -21,10 +21,12 @@ from paramgolf.lab.records import identity, read_record, recipe_table, run_folde
 from paramgolf.recipe.load import load_recipe
 from paramgolf.runner.environment import source_sha256
 from paramgolf.runner.folder import RunFolder
+from paramgolf.runner.form import SHOWN
 from paramgolf.script.generate import generate
 from paramgolf.submit.render import log_text, readme_text
 
 CAP = 16_000_000  # decimal bytes of code and coded model
+_NEEDED = (*SHOWN, "codec", "windows", "val_loss", "val_loss_float")
 SCRIPT, READABLE = "train_gpt.py", "train_gpt_readable.py"
 
 
@@ -85,11 +87,16 @@ def submit(
     if compress_code:
         files[READABLE] = plain
     same_source = all(run.record["sha256"]["source"] == source_sha256() for run in runs)
-    files["README.md"] = readme_text(runs, facts, sizes, compress_code, same_source).encode()
+    files["README.md"] = _utf8(readme_text(runs, facts, sizes, compress_code, same_source))
     for run in runs:
-        files[f"train_seed{run.seed}.log"] = log_text(run, len(code)).encode()
+        files[f"train_seed{run.seed}.log"] = _utf8(log_text(run, len(code)))
     write_folder(out, files)
     return {"folder": str(out), "files": sorted(files), "code_bytes": sizes, **facts}
+
+
+def _utf8(text: str) -> bytes:
+    """Of a text with what others wrote in it: half a surrogate pair is spelt out."""
+    return text.encode(errors="backslashreplace")
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
@@ -97,7 +104,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     runs = []
     for path in paths:
         folder = run_folder(path)
-        runs.append(Run(folder, read_record(folder), recipe_table(folder)))
+        runs.append(Run(folder, read_record(folder, _NEEDED), recipe_table(folder)))
     first = runs[0]
     for run in runs[1:]:
         for what, one, other in (

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
+
+from paramgolf.errors import GolfError
+from paramgolf.runner.form import LogPoint, log_point
 
 if TYPE_CHECKING:
     from paramgolf.submit.package import Run
@@ -92,7 +95,8 @@ def log_text(run: Run, code_bytes: int) -> str:
         f"model_params:{record['params']}",
     ]
     for row in _steps(run):
-        lines.append(f"step:{row['step']}/{budget} train_loss:{row['loss']:.6f} {_times(row['step'], row['elapsed'])}")
+        step = int(row.step)
+        lines.append(f"step:{step}/{budget} train_loss:{row.loss:.6f} {_times(step, row.elapsed)}")
     end, floats = _times(record["steps"], training["train_seconds"]), record["val_loss_float"]
     lines += [
         f"stopping: {training['stop_reason']} {end} step:{record['steps']}",
@@ -122,6 +126,10 @@ def _times(step: int, seconds: float) -> str:
     return f"train_time:{1e3 * seconds:.0f}ms step_avg:{1e3 * seconds / max(step, 1):.2f}ms"
 
 
-def _steps(run: Run) -> list[dict[str, Any]]:
-    with run.folder.log.open(encoding="utf-8") as stream:
-        return [json.loads(line) for line in stream]
+def _steps(run: Run) -> Iterator[LogPoint]:
+    with run.folder.log.open("rb") as stream:
+        for number, line in enumerate(stream, 1):
+            point = log_point(line)
+            if point is None:
+                raise GolfError(f"{run.folder.log}, line {number}: no step of a training; get the file again")
+            yield point
