@@ -114,7 +114,9 @@ def test_what_is_wrong_is_named(finished: Path, tmp_path: Path, capfd: pytest.Ca
     for number, (key, new, words) in enumerate([
         ("seconds", {"train": "long"}, "seconds.train: input should be a valid number"),
         ("val_bpb", float("nan"), "val_bpb: input should be less"),
+        ("seconds", {"train": 1.0}, "seconds: input should have 'strict'"),
         ("recipe", GONE, "has no 'recipe'"),
+        ("stride", GONE, "has no 'stride'"),
     ]):  # fmt: skip
         folder = tmp_path / str(number)
         shutil.copytree(finished, folder)

@@ -16,6 +16,7 @@ from paramgolf.runner.environment import source_sha256
 from paramgolf.runner.record import seal
 from paramgolf.submit.audit.audit import audit
 from paramgolf.submit.package import CAP, Author, packed_script, read_runs, submit
+from tests.run_common import error_line, golf_here
 
 DATA = {
     "tokenizer": {"sha256": "00", "reversible": False},
@@ -36,10 +37,10 @@ def write_run(root: Path, seed: int, **changes: Any) -> Path:
         "environment": {"gpus": [], "cpu": "a CPU", "cpu_count": 2, "torch": "2.9"}, "cap_bytes": 0, "code_bytes": 0,
         "training": {"world": 1, "train_seconds": 2.0, "stop_reason": "steps"}, "steps": 20, "step_ms": 100.0,
         "val_loss": 2.0 + seed / 1000, "val_bpb": 1.2 + seed / 1000, "val_loss_sliding": 1.95 + seed / 1000,
-        "val_bpb_sliding": 1.15 + seed / 1000, "val_loss_float": 1.99, "val_bpb_float": 1.19, "windows": "exact",
-        "artifact_bytes": 15_000_000, "ledger": {"tokenizer": 9_000}, "codec": "zlib", "params": 21_778_504,
-        "scored_tokens": 1000, "scored_bytes": 2400, "peak_memory_bytes": 1 << 30, "seconds": {"score": 3.0},
-        "total_bytes": 15_000_000, "train_tokens": 180,
+        "val_bpb_sliding": 1.15 + seed / 1000, "stride": 64, "val_loss_float": 1.99, "val_bpb_float": 1.19,
+        "windows": "exact", "artifact_bytes": 15_000_000, "ledger": {"tokenizer": 9_000}, "codec": "zlib",
+        "params": 21_778_504, "scored_tokens": 1000, "scored_bytes": 2400, "peak_memory_bytes": 1 << 30,
+        "seconds": {"strict": 4.0, "score": 3.0}, "total_bytes": 15_000_000, "train_tokens": 180,
     } | changes  # fmt: skip
     (root / "record.json").write_text(json.dumps(seal(record)))
     return root
@@ -82,6 +83,18 @@ def test_runs_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
     (first / "record.json").write_text(json.dumps(record | {"val_bpb": 1.0}))
     with pytest.raises(GolfError, match="sealed"):
         read_runs([first])
+
+
+@pytest.mark.parametrize("line", ['{"step": 3}', "{", '{"step": 1, "tokens": 2, "elapsed": NaN, "loss": 3}'])
+def test_a_line_of_the_log_that_is_no_step_is_named(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], line: str
+) -> None:
+    run = write_run(tmp_path / "run", 1)
+    with (run / "train.jsonl").open("a") as log:
+        log.write(f"{line}\n")
+    refused = error_line(golf_here(capfd, "submit", run, "--out", tmp_path / "entry"))
+    assert f"{run / 'train.jsonl'}, line 4" in refused and "get the file again" in refused
+    assert not (tmp_path / "entry").exists()
 
 
 def test_a_folder_with_something_in_it_is_left_alone(tmp_path: Path) -> None:

@@ -115,7 +115,10 @@ def test_a_prefix_recorded_in_the_run(
     assert after is not None and after["proof"] == proof | {"validation": False} and after["val_bpb"] == 3.0
     assert after["proved_bpb"] == proof["proved_bpb"] and seal(after)[SEAL] == after[SEAL] != record[SEAL]
     folder.record.write_text(json.dumps(after | {"val_bpb": 1.0}))
-    assert "seal" in error_line(golf_here(capfd, "prove", folder.root, "--data", text, "--limit", "300"))
+    prove = ("prove", folder.root, "--data", text, "--limit", "300")
+    assert "seal" in error_line(golf_here(capfd, *prove))
+    write_record(folder, after | {"seconds": {"train": 1.0}})
+    assert f"{folder.record}: seconds: input should have 'strict'" in error_line(golf_here(capfd, *prove))
 
 
 def test_a_run_with_lanes_and_its_proof(text: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

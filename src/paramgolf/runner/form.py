@@ -17,7 +17,8 @@ from typing import (
     NotRequired,  # before Python 3.12 pydantic cannot read typing's own
 )
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
+from pydantic_core import PydanticCustomError
 from typing_extensions import TypedDict
 
 from paramgolf.errors import GolfError
@@ -34,6 +35,8 @@ SHOWN = (
     "total_bytes", "cap_bytes", "ledger", "params", "steps", "train_tokens", "step_ms", "seconds", "training",
     "peak_memory_bytes", "environment", "sha256", "data", "peers", "paths",
 )  # fmt: skip
+# Which keys another brings along.
+_WITH = {"val_bpb_sliding": ("val_loss_sliding", "stride"), "val_bpb_table": ("table_bytes",)}
 
 
 class Peer(TypedDict):
@@ -130,6 +133,13 @@ class Paths(TypedDict):
     report: str
 
 
+def _counted(seconds: dict[str, float]) -> dict[str, float]:
+    """`seconds` of a run, which are nothing without those that its budget counts."""
+    if "strict" not in seconds:
+        raise PydanticCustomError("no_strict", "input should have 'strict'")
+    return seconds
+
+
 class Record(TypedDict, total=False):
     """The keys of `record.json` that programs read."""
 
@@ -141,8 +151,8 @@ class Record(TypedDict, total=False):
     windows: str
     val_loss: Score
     val_bpb: Score
-    val_loss_sliding: Score | None
-    val_bpb_sliding: Score | None
+    val_loss_sliding: Score
+    val_bpb_sliding: Score
     val_loss_float: Score
     val_bpb_float: Score
     val_bpb_table: Score | None
@@ -165,7 +175,7 @@ class Record(TypedDict, total=False):
     step_ms: Score
     peak_memory_bytes: Count
     ledger: dict[str, Count]
-    seconds: dict[str, Number]
+    seconds: Annotated[dict[str, Number], AfterValidator(_counted)]
     sha256: dict[str, str]
     environment: Environment
     training: Training
@@ -207,7 +217,8 @@ def _adapter(form: Any) -> TypeAdapter[Any]:
 
 def check_record(record: dict[str, Any], where: Path, needed: tuple[str, ...] = NAMED) -> dict[str, Any]:
     """`record`, if it has the `needed` keys and every key that programs read has its form; else GolfError."""
-    if missing := [key for key in needed if key not in record]:
+    brought = [key for name, others in _WITH.items() if record.get(name) is not None for key in others]
+    if missing := [key for key in (*needed, *brought) if key not in record]:
         raise GolfError(f"{where} has no '{missing[0]}', which the record of a run has; get the file again")
     try:
         _adapter(Record).validate_python(record, strict=True)

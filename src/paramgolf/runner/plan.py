@@ -116,7 +116,7 @@ def find_history(recipe: Recipe, runs: Path) -> History | None:
         try:
             record = folder.read_record() or {}
             other = load_recipe(str(folder.root / "recipe.toml"))
-            table, there, _ = to_table(other), record["environment"], record["seconds"]["strict"]
+            table, there = to_table(other), record["environment"]
             same = machine.workload(other, threads=0) == machine.workload(recipe, threads=0)
             if same and all(there[key] == here[key] for key in ("cpu", "cpu_count", "gpus")):
                 found.append((path.stat().st_mtime, folder, record, table))

@@ -25,7 +25,7 @@ def record_of(artifact: Path) -> dict[str, Any] | None:
     record = folder.read_record()
     if record is None:
         return None
-    made = record.get("sha256", {}).get("artifact") == sha256_file(folder.artifact if artifact.is_dir() else artifact)
+    made = record["sha256"].get("artifact") == sha256_file(folder.artifact if artifact.is_dir() else artifact)
     if not made and artifact.is_file():
         return None  # of another file beside it
     if not made or seal(record)[SEAL] != record.get(SEAL):
@@ -41,7 +41,7 @@ def record_proof(artifact: Path, proof: dict[str, Any]) -> str:
             record = record_of(artifact)
             if record is None:
                 return f"{folder.record} is not there; the proof is not recorded"
-            val = record.get("data", {}).get("val", {})
+            val = record["data"]["val"]
             whole = (proof["text_bytes"], proof["text_file_sha256"]) == (val.get("bytes"), val.get("sha256"))
             kept = proof | {"validation": whole}
             record = write_record(folder, record | {"proved_bpb": proof["proved_bpb"], "proof": kept})

@@ -51,8 +51,8 @@ def table_text(rows: Iterable[Sequence[str]], header: Sequence[str] = (), title:
 def score_rows(record: dict[str, Any]) -> list[tuple[str, float]]:
     """What was scored and its bits per byte: the file, the weights before quantisation, other compressors."""
     rows = [("model.golf", record["val_bpb"])]
-    if record.get("val_bpb_sliding") is not None:
-        name = f"model.golf, windows sliding by {record.get('stride')} tokens"
+    if "val_bpb_sliding" in record:
+        name = f"model.golf, windows sliding by {record['stride']} tokens"
         rows = [(name, record["val_bpb_sliding"]), ("model.golf, windows side by side", record["val_bpb"])]
     learning = [(f"model.golf, {name}", record[f"val_bpb_{key}"]) for key, name in adapted_keys(record).items()]
     rows = sorted(learning, key=lambda row: row[1]) + rows
@@ -75,7 +75,7 @@ def adapted_keys(result: dict[str, Any]) -> dict[str, str]:
 def table_rows(result: dict[str, Any], name: str) -> list[tuple[str, float]]:
     """The score by the tokenizer's byte table, where that is another than by the bytes of the documents."""
     by_table = result.get("val_bpb_table")
-    return [(name, by_table)] if by_table is not None and result.get("table_bytes") != result["scored_bytes"] else []
+    return [(name, by_table)] if by_table is not None and result["table_bytes"] != result["scored_bytes"] else []
 
 
 def byte_table_lines(result: dict[str, Any]) -> list[str]:
@@ -126,14 +126,9 @@ def summary_text(record: dict[str, Any]) -> str:
 
 def score_text(result: dict[str, Any]) -> str:
     rows = [("standard", f"{result['val_bpb']:.6f}", f"{result['val_loss']:.6f}")]
-    if result.get("val_bpb_sliding") is not None:
-        rows.append(
-            (
-                f"sliding, stride {result['stride']}",
-                f"{result['val_bpb_sliding']:.6f}",
-                f"{result['val_loss_sliding']:.6f}",
-            )
-        )
+    if "val_bpb_sliding" in result:
+        name, bpb, loss = f"sliding, stride {result['stride']}", result["val_bpb_sliding"], result["val_loss_sliding"]
+        rows.append((name, f"{bpb:.6f}", f"{loss:.6f}"))
     for key, name in adapted_keys(result).items():
         rows.append((name, f"{result[f'val_bpb_{key}']:.6f}", f"{result[f'val_loss_{key}']:.6f}"))
     rows += [(name, f"{value:.6f}", "") for name, value in table_rows(result, "standard, by the byte table")]

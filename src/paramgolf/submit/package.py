@@ -59,7 +59,7 @@ class Run:
     def score(self) -> tuple[float, float]:
         """(loss in nats a token, bits a byte) of the last, best-informed score: sliding where the recipe slides."""
         record = self.record
-        if record.get("val_bpb_sliding") is not None:
+        if "val_bpb_sliding" in record:
             return float(record["val_loss_sliding"]), float(record["val_bpb_sliding"])
         return float(record["val_loss"]), float(record["val_bpb"])
 

@@ -110,7 +110,7 @@ def log_text(run: Run, code_bytes: int) -> str:
     eval_ms = 1e3 * float(record["seconds"].get("score", 0.0))
     name = f"final_{record['codec']}_roundtrip"
     lines += _score_lines(name, record["val_loss"], record["val_bpb"], eval_ms)
-    if record.get("val_bpb_sliding") is not None:
+    if "val_bpb_sliding" in record:
         lines += _score_lines(f"{name}_sliding", record["val_loss_sliding"], record["val_bpb_sliding"], eval_ms)
     return "\n".join(lines) + "\n"
 
