@@ -98,6 +98,18 @@ def test_a_batch_mixes_shards() -> None:
     assert len({(row[0] - 1000) // 700 for row in first if row[0] != BOS_ID}) > 1
 
 
+def test_batches_of_another_size_begin_another_epoch_of_coprime_windows() -> None:
+    one = loader("coprime", batch_tokens=8 * 4)
+    rows(one, 5)
+    one.set_shape(8, 8 * 6)
+    taken: list[tuple[int, ...]] = []
+    while one.state_dict()["epoch"] < 2:
+        taken += map(tuple, rows(one, 1))
+    whole = taken[: len(taken) - int(one.state_dict()["part"])]
+    least = sum((size - 8) // 8 for size in (700, 90, 401))
+    assert least <= len(whole) <= least + 3 and len(set(whole)) == len(whole)
+
+
 def test_packed_rows_are_long_and_in_document_order() -> None:
     one = loader("packed", batch_tokens=8 * 16)
     x, y = one.next_batch()

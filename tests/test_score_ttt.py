@@ -129,7 +129,10 @@ class Half(Dist):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("changes", [{}, {"keep_a": True}, {"short_chunks": ((7, 2),)}])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"keep_a": True}, {"keep_a": True, "weight_decay": 0.9, "grad_steps": 2}, {"short_chunks": ((7, 2),)}],
+)
 def test_ranks_share_the_work_and_agree(kind: str, changes: dict[str, Any]) -> None:
     model, tokens, section = gpt(), stream(), TttSection(**(KINDS[kind] | changes))
     whole = adapted(model, tokens, section).nll
@@ -141,7 +144,7 @@ def test_ranks_share_the_work_and_agree(kind: str, changes: dict[str, Any]) -> N
             run.windows(SEQ, 64) if kind == "sgd" else run.documents()
         parts.append(run.nll[1:])
     assert ((~np.isnan(parts[0])).astype(int) + ~np.isnan(parts[1]) == 1).all()
-    assert np.allclose(np.where(np.isnan(parts[0]), parts[1], parts[0]), whole, atol=1e-4)
+    assert np.allclose(np.where(np.isnan(parts[0]), parts[1], parts[0]), whole, atol=2e-5)
 
 
 def test_warm_adapters_go_on_from_the_batch_before() -> None:

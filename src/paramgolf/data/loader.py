@@ -102,11 +102,11 @@ class Loader:
 
     def set_shape(self, seq_len: int, batch_tokens: int) -> None:
         """Other sizes from the next batch on."""
-        place = replace(self._place, batch_tokens=_checked_shape(seq_len, batch_tokens)[1])
-        if place.batch_tokens != self._place.batch_tokens or seq_len != place.seq_len:
-            self._order = make_order(self.order, self._shards, seq_len, batch_tokens, self.seed)
-        if seq_len != place.seq_len:
-            place = self._order.moved(replace(place, seq_len=seq_len))
+        before, shape = self._place, _checked_shape(seq_len, batch_tokens)
+        place = replace(before, seq_len=shape[0], batch_tokens=shape[1])
+        if place != before:
+            self._order = make_order(self.order, self._shards, *shape, self.seed)
+            place = self._order.moved(place, before)
         self._move(place)
 
     def state_dict(self) -> dict[str, Any]:

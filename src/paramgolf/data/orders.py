@@ -51,8 +51,8 @@ class Order(Protocol):
     def take(self, place: Place) -> tuple[np.ndarray, Place]:
         """(start positions of the rows of the global batch, int64; the place after it)."""
 
-    def moved(self, place: Place) -> Place:
-        """The place to go on from after a change of `seq_len`; `place` has the new one."""
+    def moved(self, place: Place, before: Place) -> Place:
+        """The place to go on from after a change of sizes; `place` has the new ones."""
 
 
 class Windows:
@@ -63,9 +63,10 @@ class Windows:
         self.total = sum(sizes)
         self.offsets = np.cumsum([0, *sizes[:-1]])
 
-    def moved(self, place: Place) -> Place:
+    def moved(self, place: Place, before: Place) -> Place:
         """Windows of another length begin another epoch."""
-        return replace(place, epoch=place.epoch + 1, position=0) if place.position else place
+        changed = place.position and place.seq_len != before.seq_len
+        return replace(place, epoch=place.epoch + 1, position=0) if changed else place
 
 
 class Shuffled(Windows):
@@ -110,7 +111,7 @@ class Sequential(Windows):
         used = self.rows * self.row_tokens + self.spans
         return starts, replace(place, position=(place.position + used) % self.total)
 
-    def moved(self, place: Place) -> Place:
+    def moved(self, place: Place, before: Place) -> Place:
         return place
 
 
@@ -127,7 +128,7 @@ class Coprime(Windows):
     """Each shard has a random phase, a random first window and a stride coprime with the number of its windows: the
     j-th window is (first + j stride) mod n. A batch takes its rows in turn from several shards, drawn without
     replacement in proportion to remaining^alpha; alpha falls from 0.9 to 0.5 and the number of shards rises from 8 to
-    32 over the first 1,800 batches. An epoch ends when every window was used once."""
+    32 over the first 1,800 batches. An epoch ends when every window was used once, or the batch changes."""
 
     RAMP, ALPHA, SHARDS = 1800, (0.9, 0.5), (8, 32)
 
@@ -149,6 +150,10 @@ class Coprime(Windows):
             part = self.rows - len(starts)
             starts = np.concatenate((starts, self._batch(part)))
         return starts, replace(place, epoch=self._epoch, position=self._done, part=part)
+
+    def moved(self, place: Place, before: Place) -> Place:
+        """A place counts batches of one size: other batches begin another epoch."""
+        return replace(place, epoch=place.epoch + 1, position=0, part=0) if place.position else place
 
     def begin(self, epoch: int) -> None:
         self._epoch, self._done = epoch, 0
@@ -285,7 +290,7 @@ class Packed:
                 epoch, part = (epoch, part) if part < len(pieces) else (epoch + 1, 0)
         return np.array(starts, np.int64), replace(place, epoch=epoch, part=part, position=position)
 
-    def moved(self, place: Place) -> Place:
+    def moved(self, place: Place, before: Place) -> Place:
         return place
 
     def _pieces(self, epoch: int) -> list[Piece]:

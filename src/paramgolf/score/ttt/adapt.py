@@ -115,7 +115,7 @@ class Adaptation:
         """This rank's documents of the `number`-th batch, ready to be gone through."""
         section, batch = self.section, self.batches[number]
         documents, size = batch.documents, section.batch_docs
-        chunks = batch.chunks(section.chunk, section.short_chunks, section.order)
+        cut = batch.chunks(section.chunk, section.short_chunks, section.order)
         mine = documents[self._rank :: self._world]
         # In the records a batch of fewer documents has adapters of its own; from left to right nothing may show that.
         alone = self.section.order == "longest" and len(documents) < size
@@ -126,7 +126,8 @@ class Adaptation:
             adapters = self._make(self.model, self.section, slots)
             self._adapters = self._adapters if alone else adapters
         adapters.begin(fresh=fresh)
-        return Group(adapters, self.section, self.stream, mine, chunks, self.context)
+        chunks = max(cut.count(d.targets) for d in documents)
+        return Group(adapters, self.section, self.stream, mine, cut, chunks, self.context)
 
     def finish(self, number: int) -> None:
         """The `number`-th batch is scored on all ranks; train all weights if a pause is due and something is left."""

@@ -78,7 +78,10 @@ class Adapters:
         return drawn
 
     def step(self) -> None:
-        """One update from the gradients that `backward` left."""
+        """One update from the gradients that `backward` left; from zero where it left none."""
+        for tensor in self.tensors():
+            if tensor.grad is None:
+                tensor.grad = torch.zeros_like(tensor)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
 

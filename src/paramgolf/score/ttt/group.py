@@ -42,19 +42,16 @@ Observe = Callable[[Chunk, Tensor], None]  # the chunk and its logits (S, C, V),
 
 
 class Group:
-    """`documents` of the stream `tokens` (int64 on the model's device), document i in slot i of `adapters`."""
+    """`documents` of the stream `tokens` (int64 on the model's device), document i in slot i of `adapters`: one rank's
+    share of a batch whose longest document has so many `chunks`. Adapters of a document that is over are moved by decay
+    and momentum until the batch is, as in the records, so that what a slot hands on does not depend on the share."""
 
     def __init__(
-        self, adapters: Adapters, section: TttSection, tokens: Tensor, documents: list[Document], chunks: Chunks,
-        context: int,
+        self, adapters: Adapters, section: TttSection, tokens: Tensor, documents: list[Document], cut: Chunks,
+        chunks: int, context: int,
     ) -> None:  # fmt: skip
         self.adapters, self.section, self.context = adapters, section, context
-        self.documents, self.cut, self._tokens = documents, chunks, tokens
-
-    @property
-    def chunks(self) -> int:
-        """Of the longest document."""
-        return max((self.cut.count(d.targets) for d in self.documents), default=0)
+        self.documents, self.cut, self.chunks, self._tokens = documents, cut, chunks, tokens
 
     def slots(self, number: int) -> list[int]:
         """Of the documents that have a chunk `number`."""
@@ -63,23 +60,35 @@ class Group:
     def run(self, observe: Observe) -> None:
         """All chunks of all documents."""
         for number in range(self.chunks):
-            self.advance(self.chunk(number), observe)
+            if self.slots(number):
+                self.advance(self.chunk(number), observe)
+            else:
+                self._step_without_learners(number)
 
     def advance(self, chunk: Chunk, observe: Observe | None = None) -> None:
         """Score a chunk, show it, then learn from it for the chunks that follow."""
         learners = self._learners(chunk)
-        if observe is None and not len(learners):
+        if not len(learners):
+            if observe is not None:
+                with torch.no_grad():
+                    observe(chunk, self.logits(chunk))
+            self._step_without_learners(chunk.number)
             return
-        with torch.set_grad_enabled(bool(len(learners))):
+        with torch.enable_grad():
             logits = self.logits(chunk)
         if observe is not None:
             observe(chunk, logits.detach())
-        for repeat in range(self.section.grad_steps if len(learners) else 0):
+        for repeat in range(self.section.grad_steps):
             with torch.enable_grad():
                 logits = self.logits(chunk) if repeat else logits
                 mine, truth = logits[learners], chunk.targets_SC[learners]
                 nll = F.cross_entropy(mine.flatten(0, 1), truth.flatten(), reduction="none").view(truth.shape)
                 nll.mean(1).sum().backward()
+            self.adapters.step()
+
+    def _step_without_learners(self, number: int) -> None:
+        """The steps of other ranks after chunk `number`, which the slots here go along with."""
+        for _ in range(self.section.grad_steps if number + 1 < self.chunks else 0):
             self.adapters.step()
 
     def _learners(self, chunk: Chunk) -> Tensor:

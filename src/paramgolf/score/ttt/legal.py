@@ -34,7 +34,7 @@ class AdaptedScorer:
     def reset(self, stream: np.ndarray) -> None:
         """Score the whole stream and keep every distribution."""
         run = _Shown(self.model, self._section, self._tilt, stream, self._seq_len, self._bos_id, None, math.inf, None)
-        with adapting(self.model, self._seq_len):
+        with adapting(self.model, max(self._seq_len, self._section.context)):
             if self._section.kind in ("lora", "phased"):
                 run.documents()
             else:

@@ -101,7 +101,7 @@ def score_adapted(
         raise GolfError(f"nothing to score: the text is {len(tokens)} token(s) long, at least 2 are needed")
     deadline = began + limit_seconds if limit_seconds else math.inf
     run = Run(model, section, tilt, tokens, seq_len, bos_id, dist, deadline, progress)
-    with adapting(model, seq_len):
+    with adapting(model, max(seq_len, section.context)):
         if section.kind in ("lora", "phased"):
             run.documents()
         else:
