@@ -223,7 +223,7 @@ def there_and_back(model: Path, source: Path, stride: int) -> Rows:
     return {
         "stride": stride, "bytes": size, "packed": small, "encode": size / there[0], "encode_memory": there[1],
         "decode": size / again[0], "decode_memory": again[1],
-        "peers": {peer: int(row["bytes"]) for peer, row in compress_peers(source).items()},
+        "peers": {peer: int(row["bytes"]) for peer, row in compress_peers(source, source.stat().st_size).items()},
     }  # fmt: skip
 
 

@@ -135,6 +135,7 @@ def test_a_run_with_lanes_and_its_proof(text: Path, tmp_path: Path, capfd: pytes
     ngram = record["val_bpb_ngram"]
     assert after["proof"]["val_bpb_same_windows"] == pytest.approx(ngram, rel=5e-3)  # float32 or bfloat16
     assert after["proved_bpb"] == pytest.approx(ngram, rel=0.05)
+    assert after["peers"].items() <= after["proof"]["peers"].items()  # of one file, over the same bytes
     assert "proved: " in summary_text(after) and "proved: " not in summary_text(record)
     page = folder.report.read_text()
     assert "<h2>Proof</h2>" in page and f"{after['proof']['file_bytes']:,}" in page
@@ -246,6 +247,6 @@ def test_peers_take_programs_that_are_there(tmp_path: Path, monkeypatch: pytest.
         (tmp_path / name).write_text(f"#!/bin/sh\n{script}")
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}/bin")
-    peers = compress_peers(tmp_path / "text")
-    assert peers["7z PPMd, order 16, 1 GB"] == {"bytes": 5, "bpb": 8 * 5 / 720}
+    peers = compress_peers(tmp_path / "text", 700)
+    assert peers["7z PPMd, order 16, 1 GB"] == {"bytes": 5, "bpb": 8 * 5 / 700}
     assert set(peers) == {"xz -9e", "zstd -22", "bzip2 -9", "7z PPMd, order 16, 1 GB"}

@@ -343,7 +343,7 @@ class Job:
             archive_source(self.folder.source, self.source)
             text = self.dataset.val_text
             small = text is not None and text.stat().st_size <= PEER_TEXT_LIMIT
-            peers = compress_peers(text) if text is not None and small else {}
+            peers = compress_peers(text, results["scored_bytes"]) if text is not None and small else {}
         seconds = {"strict": self.clock.spent(), "challenge": self.clock.challenge(), "process": self.clock.strict()}
         record = {
             **causes(recipe, self.folder, self.source),

@@ -22,14 +22,15 @@ PROGRAM_TEXT_LIMIT = 8 * 2**20  # nor those above this through the slow ones
 PROGRAM_SECONDS = 600
 
 
-def compress_peers(text: Path) -> dict[str, dict[str, float]]:
-    """Compressed bytes and bits per byte of the file under each peer; each sees the whole text at once. 7-Zip's PPMd
-    and zpaq are among them where they are installed."""
+def compress_peers(text: Path, size: int) -> dict[str, dict[str, float]]:
+    """Compressed bytes of the file under each peer, and their bits per byte of the `size` bytes that a score of it
+    counts: the documents' own, without what separates them. Each sees the whole text at once. 7-Zip's PPMd and zpaq
+    are among them where they are installed."""
     data = text.read_bytes()
     sizes = {name: len(compress(data)) for name, compress in PEERS.items()}
     if len(data) <= PROGRAM_TEXT_LIMIT:
         sizes |= _programs(text)
-    return {name: {"bytes": size, "bpb": 8 * size / max(len(data), 1)} for name, size in sizes.items()}
+    return {name: {"bytes": made, "bpb": 8 * made / max(size, 1)} for name, made in sizes.items()}
 
 
 def _programs(text: Path) -> dict[str, int]:

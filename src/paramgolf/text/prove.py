@@ -98,7 +98,9 @@ def prove(
         }
         if work.content is Content.DOCUMENTS and tally.raw <= PEER_TEXT_LIMIT:
             say("the same text under other compressors")
-            facts["peers"] = compress_peers(work.text)
+            with work.text.open("ab") as text_file:
+                text_file.write(tally.end_of_file(count))
+            facts["peers"] = compress_peers(work.text, tally.size)
         if out is not None:
             with atomic_path(out) as temporary:
                 shutil.copyfile(work.file, temporary)
@@ -196,11 +198,14 @@ class Tally:
     encode_seconds: float = 0.0
     from_table: bool = False
 
+    def end_of_file(self, documents: int) -> bytes:
+        """What the validation file of a prepared dataset has behind its documents."""
+        return b"\n" if documents > 1 and self.last != SEPARATOR[:1] else b""
+
     def as_file(self, documents: int) -> str:
         """SHA-256 of the documents as the validation file of a prepared dataset would hold them."""
         digest = self.digest.copy()
-        if documents > 1 and self.last != SEPARATOR[:1]:
-            digest.update(b"\n")
+        digest.update(self.end_of_file(documents))
         return str(digest.hexdigest())
 
     def facts(self, file_bytes: int, model: TextModel, header: Header) -> dict[str, Any]:
