@@ -30,7 +30,9 @@ lint: install
 	$(VENV)/bin/mypy
 
 bench: install
-	@for name in weight_codec scoring train_cpu pocket; do $(VENV)/bin/python -m bench.$$name || exit 1; done
+	@failed=; for name in weight_codec scoring train_cpu pocket; do \
+		$(VENV)/bin/python -m bench.$$name || failed="$$failed $$name"; \
+	done; test -z "$$failed" || { echo "failed:$$failed" >&2; exit 1; }
 
 wheel: install
 	$(VENV)/bin/python -m build --wheel

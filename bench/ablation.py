@@ -217,7 +217,7 @@ def table(series: Series, results: Results, components: list[Component]) -> str:
         cells.append("" if last is None or last.cached is None else f"{last.cached:+.4f}")
         cells.append("" if last is None or last.step_ms is None else f"{last.step_ms:+.1f}")
         cells.append(f"{size:+,}" if size else "0" if component.score == MODEL else "")
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)
 
 

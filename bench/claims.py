@@ -1,4 +1,4 @@
-"""The seeds' own claims at pocket scale: `python -m bench.claims --json FILE [--seeds 3] [--tokens 1500000]`.
+"""The published systems' claims at pocket scale: `python -m bench.claims --json FILE [--seeds 3] [--tokens 1500000]`.
 
 One recipe (bench/claims.toml: PR 114's method with every size divided) and one arm for each side of a claim; all arms
 train on the same tokens with the same seeds, so differences are paired by seed. The text is the shared web text; scores

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,8 @@ def test_differences_are_paired_by_seed(tmp_path: Path) -> None:
     assert measured(xsa, found, ["budget.seconds=240"]) is None
     text = tables(SERIES, found)
     assert "| BPB, 60 s |" in text and "-0.0110 (" in text and "| +3.0 | 0 |" in text
+    bars = {len(re.findall(r"(?<!\\)\|", line)) for line in text.splitlines() if line.startswith("|")}
+    assert bars == {8}  # every line has the seven cells of its head
 
 
 def test_what_quantisation_costs_and_scores_of_one_run(tmp_path: Path) -> None:
