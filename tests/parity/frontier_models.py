@@ -77,8 +77,9 @@ def section_of(config: Mapping[str, Any], *, packed: bool = False) -> ModelSecti
     dim, width = config["model_dim"], config.get("embedding_dim", config["model_dim"])
     always_stretched = config["system"] != "pr1855"  # that script has a flag for it
     reference = config.get("rope_train_seq_len") or config.get("train_seq_len", 0)
-    loops = config.get("num_loops", 0)
-    lanes = config.get("parallel_start_layer", -1)
+    lanes, loops = config.get("parallel_start_layer", -1), config.get("num_loops", 0)
+    if lanes > 0 and not loops:  # a layer that feeds skips stays sequential
+        lanes = max(lanes, config["num_layers"] // 2)
     return ModelSection(
         dim=dim,
         num_layers=config["num_layers"],
