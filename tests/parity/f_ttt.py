@@ -76,7 +76,8 @@ class Recorded:
         self.norms: list[np.ndarray] = []
         self.grads: list[np.ndarray] = []
         self.checks: list[Check] = []
-        self.sgd: list[list[SgdStep]] = []
+        self.sgd: list[list[SgdStep]] = [[]]
+        self.ends: list[int] = []
         self.calls = 0
         self.before: dict[str, Tensor] = {}
 
@@ -105,6 +106,7 @@ class Recorded:
         adaptation = Adaptation(
             model, self.section, self.tokens, self.documents, self.seq_len, make=Scripted, watch=self.watch
         )
+        self.ends = list(adaptation.pauses)
         self.before = {name: value.clone() for name, value in model.state_dict().items()}
         with adapting(model, self.seq_len):
             for number in range(len(adaptation.batches)):
@@ -149,22 +151,19 @@ class Recorded:
             )
 
     def watch(self, step: SgdStep) -> None:
-        if not self.sgd:
-            self.sgd.append([])
         self.sgd[-1].append(step)
 
     def paused(self, adaptation: Adaptation, model: GPT) -> None:
         """Compare a pause: what it trained on, how, and the weights after it."""
         number = len(self.sgd) - 1
         at, z, steps = f"{self.at}/sgd{number}", self.z, self.sgd[-1]
-        boundary = self.section.prefix_docs * (number + 1) // self.section.phases
         cuts = [[b for b in bounds(s.segments)] for s in steps if s.segments is not None]
         names = [str(name) for name in z[f"{at}/param_names"]]
         after = their_arrays(model.state_dict(), names, config_of(z))
         first = their_arrays(self.before, names, config_of(z))
         deltas = [np.linalg.norm(np.asarray(after[n], np.float64) - first[n]) for n in names]
         self.checks += [
-            exact(f"{at} tokens", adaptation.prefix(boundary), z[f"{at}/tokens"]),
+            exact(f"{at} tokens", adaptation.prefix(self.ends[number]), z[f"{at}/tokens"]),
             exact(f"{at} after", self.calls, z[f"{at}/after_call"]),
             Check(f"{at} x", float(self.rows_of(steps) != json.loads(str(z[f"{at}/x_per_step_json"]))), 0.0),
             Check(f"{at} cu", float(cuts != json.loads(str(z[f"{at}/cu_per_step_json"]))), 0.0),
@@ -193,15 +192,27 @@ class Recorded:
             Check(f"{at} queue", float(queue != json.loads(str(z[f"{at}/queue_json"]))), 0.0),
             worst(f"{at} val_loss", total / (len(self.tokens) - 1), z[f"{at}/val_loss"], NLL),
             worst(f"{at} val_bpb", total / math.log(2) / float(sizes), z[f"{at}/val_bpb"], NLL),
-            worst(f"{at} adapter norms", np.stack(self.norms), z[f"{at}/param_l2_after_step"], NORMS),
+            *by_step(f"{at} adapter norms", self.norms, z[f"{at}/param_l2_after_step"]),
             exact(f"{at} calls", self.calls, len(z[f"{at}/call_lora"])),
         ]
-        grads = np.sqrt((np.stack(self.grads).astype(np.float64) ** 2).sum(-1))
+        grads = np.array([np.linalg.norm(g.astype(np.float64), axis=-1) for g in self.grads])
+        grads = grads.reshape(-1, len(z[f"{at}/param_names"]))
         checks.append(worst(f"{at} gradients", grads, z[f"{at}/grad_l2_at_step"], NORMS, relative=True))
         for d in self.documents:
             own = self.nll[d.start + 1 : d.start + d.length]
             checks.append(worst(f"{at} document {d.number}", own, z[f"{at}/doc_nll/{d.number}"], NLL))
         return checks
+
+
+def by_step(name: str, ours: list[np.ndarray], theirs: np.ndarray) -> list[Check]:
+    """Norms (parameters, documents) of every step. A batch may have fewer documents than the set has columns: what the
+    set holds in the others is nan or zero."""
+    checks = [exact(f"{name} steps", len(ours), len(theirs))]
+    for step, (own, their) in enumerate(zip(ours, theirs, strict=False)):
+        there = own.shape[1]
+        checks.append(worst(f"{name} {step}", own, their[:, :there], NORMS))
+        checks.append(exact(f"{name} {step} padding", np.count_nonzero(np.nan_to_num(their[:, there:])), 0))
+    return checks
 
 
 def plain_nll(model: GPT, x: Tensor, y: Tensor, cut: int) -> Tensor:
@@ -229,11 +240,13 @@ def check_plain(z: Any, tokens: np.ndarray, documents: list[Document]) -> list[C
         model.set_loops(config_of(z)["num_loops"] if loop == "loop1" else 0)
         low, high = total * rank // world, total * (rank + 1) // world
         rows = range(low, low + (high - low) // size * size, size)
+        checks.append(exact(f"{at} tokens", len(rows) * size * seq_len, z[f"{at}/tokens_scored"]))
+        if not rows:  # fewer than a batch: there is no mean to compare
+            continue
         spans = [stream[first * seq_len : (first + size) * seq_len + 1] for first in rows]
         nll = torch.cat([plain_nll(model, s[:-1], s[1:], seq_len) for s in spans]).double()
         sizes = z["all_bytes"][low * seq_len + 1 : low * seq_len + 1 + len(nll)].astype(np.int64).sum()
         checks += [
-            exact(f"{at} tokens", len(nll), z[f"{at}/tokens_scored"]),
             exact(f"{at} first", np.stack([s[:4].numpy() for s in spans]), z[f"{at}/first_tokens"]),
             worst(f"{at} loss", nll.mean(), z[key], NLL),
             worst(f"{at} bpb", nll.sum() / math.log(2) / float(sizes), z[f"{at}/val_bpb"], NLL),
@@ -245,8 +258,8 @@ def check(path: Path, z: Any) -> list[Check]:
     tokens = z["all_tokens"][: int(z["val_token_count"])]
     documents = documents_of(tokens, BOS_ID)
     variants = sorted({k.split("/")[0] for k in z.files if k.endswith("/hyper_json")})
-    size = settings(z, variants[0])[0].chunk
     table = z["chunk_window_table"]
+    size = int(table[:, -1].max())  # one chunk size for all rows; every whole chunk has it
     rows = [(int(t), int(c) * size, (int(c) + 1) * size, int(context)) for context, t, c, *_ in table]
     windows = [window_of(*row, to_end=True) for row in rows]
     checks = [

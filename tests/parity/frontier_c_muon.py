@@ -31,6 +31,12 @@ SYSTEMS: dict[str, tuple[type[Muon], type[Muon]]] = {
 }
 
 
+def steps_of(system: str, asked: int) -> int:
+    """Iterations a script does: pr1855 stops at the end of its table, where ours would repeat the last entry."""
+    table = SYSTEMS[system][0].coefficients
+    return asked if isinstance(table[0], float) else min(asked, len(table))
+
+
 def replay(
     kind: type[Muon], section: OptimSection, dtype: torch.dtype, grads: np.ndarray, p0: np.ndarray, z: Any, mu: Any
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -52,7 +58,7 @@ def replay(
 def check_steps(system: str, name: str, z: Any) -> list[Check]:
     kind, without_rows = SYSTEMS[system]
     grads, p0, mu = z[f"grads/{name}"], z[f"p0/{name}"], z["momentum_per_step"]
-    steps = int(z["backend_steps"])
+    steps = steps_of(system, int(z["backend_steps"]))
     full = OptimSection(ns_steps=steps, weight_decay=float(z["weight_decay"]))
     bare = OptimSection(ns_steps=steps)
     params, momentum = replay(kind, full, torch.float32, grads, p0, z, mu)
@@ -78,9 +84,7 @@ def check_orthogonalised(z: Any) -> list[Check]:
         system, how, name, *which = key.split("/")
         asked = how.removeprefix("orthogonalised_f32").removeprefix("_steps")
         table = SYSTEMS[system][0].coefficients
-        steps = int(asked) if asked else int(z["backend_steps"])
-        if not isinstance(table[0], float):
-            steps = min(steps, len(table))  # the script stops at the end of its table; ours would repeat the last
+        steps = steps_of(system, int(asked or z["backend_steps"]))
         grad = torch.from_numpy(z[f"grads/{name}"][int(which[0]) if which else 0])
         stack = grad if grad.ndim == 3 else grad[None]
         ours = ns.orthogonalize(stack, steps, table).reshape(grad.shape)

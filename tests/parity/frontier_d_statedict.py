@@ -22,12 +22,12 @@ from paramgolf.quant.export import export, restore
 from paramgolf.quant.hessian import collect
 from paramgolf.recipe.sections import QuantSection
 from tests.parity.frontier_a_model import rows
-from tests.parity.frontier_d_quant import DIFFERENT, ulps
+from tests.parity.frontier_d_quant import DIFFERENT, codes_apart, other_scales, ulps
 from tests.parity.frontier_models import build, config_of, our_arrays
 from tests.parity.frontier_quant import by_layer, class_of, quant_of
 from tests.parity.harness import Check, exact, worst
 
-HESSIAN, RESIDUAL, SHARE = 1e-4, 1e-3, 0.05
+HESSIAN, RESIDUAL = 1e-4, 1e-3
 ONE_TENSOR = 0.01  # share of codes that may differ in one tensor; over all of them it is DIFFERENT
 NLL, LOSS = 1e-3, 1e-4  # after quantisation: one code in a thousand may differ by one
 ENDINGS = {"q": "values", "scale": "scale", "gq": "values", "gs": "scale"}
@@ -115,16 +115,15 @@ def check_stored(z: Any, config: dict[str, Any], stored: list[StoredTensor]) -> 
         ours = getattr(found[our_name(name, config)], ENDINGS[ending]).reshape(theirs.shape)
         if ending == "scale":
             checks.append(ulps(key, torch.from_numpy(ours.copy()), torch.from_numpy(theirs)))
-            checks.append(Check(f"{key} rows that differ", float((ours != theirs).mean()), SHARE))
+            checks.append(other_scales(f"{key} rows that differ", ours == theirs))
         elif ending == "q":
             same = found[our_name(name, config)].scale == z[f"stored/{name}.scale"]
             apart = np.abs(ours.astype(int) - theirs.astype(int))[same]
-            checks.append(Check(f"{key} distance", float(apart.max()), 1.0))
-            checks.append(Check(key, float((apart != 0).mean()), ONE_TENSOR))
+            checks += codes_apart(key, apart, ONE_TENSOR)
             differ, total = differ + int((apart != 0).sum()), total + apart.size
         else:
             checks.append(exact(key, ours, theirs))
-    return [*checks, Check("codes that differ", differ / total, DIFFERENT)]
+    return [*checks, Check("codes that differ", differ / total if total else float("inf"), DIFFERENT)]
 
 
 def check_residuals(
