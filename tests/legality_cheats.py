@@ -11,7 +11,11 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
+from torch.utils.hooks import RemovableHandle
 
+from paramgolf.model.block import Block
 from paramgolf.model.gpt import GPT
 from paramgolf.model.layers import rms_norm
 from paramgolf.model.parts.base import Flow
@@ -166,8 +170,17 @@ class Trained(CacheScorer):
 
 def batch_statistics(model: GPT) -> GPT:
     """The model with a layer that is normalised by the mean of the whole batch."""
-    model.blocks[0].register_forward_hook(lambda _m, _in, out: out - 0.2 * out.mean(dim=(0, 1), keepdim=True))
+    model.blocks[0].register_forward_hook(_normalised)
     return model
+
+
+def batch_statistics_everywhere() -> RemovableHandle:
+    """The same in all layers of every model that is run while the handle is held."""
+    return register_module_forward_hook(lambda *call: _normalised(*call) if isinstance(call[0], Block) else None)
+
+
+def _normalised(_layer: nn.Module, _given: object, out: torch.Tensor) -> torch.Tensor:
+    return out - 0.2 * out.mean(dim=(0, 1), keepdim=True)
 
 
 class LeakySmear(SmearGate):

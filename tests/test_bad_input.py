@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import re
 import shutil
@@ -57,8 +58,10 @@ def refused(capfd: CapFd, tmp_path: Path, *arguments: str | Path) -> str:
         (b" ", ["cannot be split"]),
         (np.random.default_rng(1).bytes(5000), ["text.txt", "not UTF-8", "offset"]),
         ("Straße und Bäume\n".encode("latin-1") * 400, ["text.txt", "not UTF-8", "0xdf at offset 4"]),
+        (gzip.compress(b"text " * 400)[:-8] + b"\0" * 8, ["text.txt", "damaged", "make it again"]),
+        (gzip.compress(b"text " * 400) + b"junk", ["text.txt", "damaged", "make it again"]),
     ],
-    ids=["empty", "one space", "binary", "latin-1"],
+    ids=["empty", "one space", "binary", "latin-1", "gzip sum", "gzip junk"],
 )
 def test_text_that_is_none(capfd: CapFd, tmp_path: Path, content: bytes, expected: list[str]) -> None:
     path = tmp_path / "text.txt"

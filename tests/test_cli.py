@@ -29,6 +29,11 @@ def test_a_reader_that_left_before_the_first_line_is_no_error() -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.parametrize("stderr", ["2>&-", "2>/dev/full"])
+def test_bad_input_exits_with_2_where_stderr_takes_nothing(stderr: str) -> None:
+    assert subprocess.run(["bash", "-c", f"{GOLF} nosuch {stderr}"], check=False).returncode == 2
+
+
 def test_no_character_is_beyond_the_terminal(tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_text('extends = "pocket"\ntitle = "Žluť"\n', encoding="utf-8")
     answer = golf("recipes", tmp_path / "mine.toml", env={**os.environ, "PYTHONIOENCODING": "latin-1"})

@@ -215,6 +215,17 @@ def test_a_prepared_folder_is_used_where_it_is(tmp_path: Path) -> None:
     assert used.passport == made.passport
     with pytest.raises(GolfError, match=r"300 pieces, the recipe says data\.vocab_size = 400"):
         prepare(DataSection(vocab_size=400), tmp_path / "out", cache=tmp_path / "cache")
+    for passport in (
+        {**made.passport, "val": {**made.passport["val"], "sha256": "1" * 64}},
+        {**made.passport, "tokenizer": {**made.passport["tokenizer"], "sha256": "1" * 64}},
+        {
+            **made.passport,
+            "train": {**made.passport["train"], "shards": [{**made.passport["train"]["shards"][0], "sha256": ""}]},
+        },
+    ):
+        (tmp_path / "out" / "passport.json").write_text(json.dumps(passport))
+        with pytest.raises(GolfError, match=r"is not the file that passport\.json names; prepare the data again"):
+            prepare(SMALL, tmp_path / "out", cache=tmp_path / "cache")
 
 
 def test_out_must_be_empty_or_ours(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -142,6 +143,16 @@ def test_documents_start_with_bos() -> None:
 def test_what_is_no_model_is_refused(bad: bytes) -> None:
     with pytest.raises(GolfError, match=r"SentencePiece|bos"):
         Tokenizer.from_bytes(bad)
+
+
+def test_a_file_that_cannot_be_a_model_is_not_read_to_its_end(tmp_path: Path) -> None:
+    for path in (Path("/dev/zero"), tmp_path):
+        with pytest.raises(GolfError, match=f"{path} is no plain file"):
+            Tokenizer.load(path)
+    with (tmp_path / "large.model").open("wb") as stream:
+        stream.truncate((64 << 20) + 1)
+    with pytest.raises(GolfError, match="above 64 MB"):
+        Tokenizer.load(tmp_path / "large.model")
 
 
 def test_ids_outside_the_vocabulary_are_refused() -> None:

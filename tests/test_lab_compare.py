@@ -13,7 +13,9 @@ import tomli_w
 from paramgolf.errors import GolfError
 from paramgolf.lab.compare import compare, open_groups
 from paramgolf.lab.compare_text import compare_text
+from paramgolf.lab.jobs import Job, Stop, run_job
 from paramgolf.recipe.load import load_recipe, to_table
+from paramgolf.runner.folder import RunFolder
 from paramgolf.runner.record import FORMAT, seal
 from tests.run_common import error_line, golf_here
 
@@ -38,6 +40,15 @@ def write_run(folder: Path, seed: int, bpb: float, *overrides: str, **values: An
     (folder / "record.json").write_text(json.dumps(seal(record)))
     (folder / "recipe.toml").write_text(tomli_w.dumps(to_table(recipe)))
     return folder
+
+
+def test_a_run_at_work_is_not_removed(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.root.mkdir()
+    (folder.root / "recipe.toml").write_text("x = 1")
+    with folder.locked(), pytest.raises(GolfError, match="another process is running in it"):
+        run_job(Job("pocket", (), folder.root, program=("true",)), stop=Stop())
+    assert (folder.root / "recipe.toml").is_file()
 
 
 @pytest.fixture

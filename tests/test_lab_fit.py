@@ -258,21 +258,18 @@ def made_up_timer(recipe: Recipe, shapes: Sequence[Shape]) -> tuple[list[tuple[S
     return list(zip(shapes, RATES.step_seconds(Shapes.of(shapes)).tolist(), strict=True)), 0.0, "a test"
 
 
-def test_the_run_is_a_process_of_its_own_and_its_failure_is_said(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
-) -> None:
-    monkeypatch.setattr("paramgolf.lab.fit.measured_choice", functools.partial(measured_choice, timer=made_up_timer))
+def test_the_run_is_a_process_of_its_own_and_its_failure_is_said(tmp_path: Path, capfd: Any) -> None:
     text = tmp_path / "text.txt"
     text.write_text(prose())
     said: list[str] = []
     budget = Budget(80_000, 60.0)
-    result = fit(str(text), budget, out=tmp_path / "run", say=said.append, program=PROGRAM)
+    result = fit(str(text), budget, out=tmp_path / "run", say=said.append, program=PROGRAM, timer=made_up_timer)
     assert result["record"]["recipe"] == "run" and (tmp_path / "run" / "record.json").is_file()
     assert result["recipe"] == str(tmp_path / "run.toml") and "chosen" in said[0]
     with pytest.raises(GolfError, match="not an empty folder"):
-        fit(str(text), budget, out=tmp_path / "run", program=PROGRAM)
+        fit(str(text), budget, out=tmp_path / "run", program=PROGRAM, timer=made_up_timer)
     with pytest.raises(GolfError, match="failed, as said above"):
-        fit(str(text), budget, out=tmp_path / "other", program=("false",))
+        fit(str(text), budget, out=tmp_path / "other", program=("false",), timer=made_up_timer)
     assert "reading the text" in capfd.readouterr().err
 
 

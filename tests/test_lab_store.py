@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,9 @@ from typing import Any
 import pytest
 
 from paramgolf.errors import GolfError
+from paramgolf.lab.records import recipe_table
 from paramgolf.lab.store import NAME, index_runs, runs_text, select
+from paramgolf.runner.folder import RunFolder
 from paramgolf.runner.record import FORMAT, seal
 from tests.run_common import error_line, golf_here
 
@@ -68,6 +71,25 @@ def test_bad_records_are_named_and_the_rest_is_listed(root: Path) -> None:
     runs, problems = index_runs(root)
     assert len(runs) == 2
     assert any("not valid JSON" in line for line in problems) and any("update paramgolf" in line for line in problems)
+
+
+def test_names_that_are_no_utf8_are_listed(root: Path) -> None:
+    good, bad = root / os.fsdecode(b"good-\xff"), root / os.fsdecode(b"bad-\xff")
+    write_run(good)
+    write_run(bad)
+    (bad / "record.json").write_text("{")
+    for _ in range(2):  # read, and from the index
+        runs, problems = index_runs(root)
+        assert str(good) in [facts["run"] for facts in runs] and len(runs) == 5
+        assert len(problems) == 1 and "bad-\\udcff" in problems[0]
+    shutil.rmtree(good)
+    assert len(index_runs(root)[0]) == 4
+
+
+def test_deep_recipes_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_text(f"[model.parts{'.a' * 1500}]\nx = 1\n")
+    with pytest.raises(GolfError, match=r"recipe\.toml: 'model\.parts\.a\S* is nested more than 8 deep"):
+        recipe_table(RunFolder(tmp_path))
 
 
 def test_filters_and_sorting(root: Path) -> None:

@@ -66,6 +66,16 @@ def test_words_are_ranges_lists_or_settings() -> None:
         ("model.mlp_hidden=480,0", "greater than or equal to 1"),
         ("quant.qat=export,int3", "unknown grid"),
         ("optim.matrix_lr=0.02", "nothing to vary"),
+        ("model.dim=1.." + "9" * 400, "LOW..HIGH"),
+        ("optim.matrix_lr=-1e308..1e308", "LOW..HIGH"),
+        ("optim.matrix_lr=0..inf", "LOW..HIGH"),
+        ("optim.matrix_lr=0..1:step=nan", "LOW..HIGH"),
+        ("optim.matrix_lr=0..1:step=inf", "LOW..HIGH"),
+        ("optim.matrix_lr=0..1:step=1e-320", "next to 0"),
+        ("optim.matrix_lr=0..1:step=0", "next to 0"),
+        ("optim.matrix_lr=0..1:step=2", "at most HIGH - LOW"),
+        ("model.mlp_hidden=384..480:step=0.5", "whole"),
+        ("model.mlp_hidden=384.5..480", "whole"),
     ],
 )
 def test_a_wrong_range_is_refused_before_any_run(tmp_path: Path, word: str, said: str) -> None:

@@ -65,6 +65,12 @@ def test_children_inherit_and_the_origin_is_known(tmp_path: Path) -> None:
         ("model.dim=" + "[" * 5000, ["model.dim", "..."]),
         ("model.dim", ["section.key=value"]),
         ("stages.0.at=1", ["stages", "recipe file"]),
+        ("model.dim=256\nfoo=1", ["model.dim=256 foo=1", "goes on after its value"]),
+        ("model.parts." + "a." * 1500 + "a=1", ["model.parts.a", "nested more than 8 deep"]),
+        ("model.parts.x.y=" + "[" * 50 + "]" * 50, ["model.parts.x.y", "nested more than 8 deep"]),
+        ("model.parts.x.y=1979-05-27", ["model.parts.x.y = 1979-05-27"]),
+        ("model.parts.x.y=[1, {z = inf}]", ["model.parts.x.y.1.z = inf", "finite"]),
+        ("ngram.levels=[{strength = 1e-322, discount = 0}]", ["ngram.levels, order 1", "impossible"]),
     ],
 )
 def test_a_mistake_is_named(override: str, words: list[str]) -> None:
@@ -100,6 +106,23 @@ def test_unknown_and_broken_recipes(tmp_path: Path) -> None:
     broken.write_text('extends = "pocket"\nname = "../elsewhere"\n')
     with pytest.raises(GolfError, match="recipe key name"):
         load_recipe(str(broken))
+
+
+def test_what_is_nested_or_chained_too_deep_is_refused(tmp_path: Path) -> None:
+    deep = tmp_path / "deep.toml"
+    for header in ("[model.parts{}]", "[[model.parts{}]]"):
+        deep.write_text('extends = "pocket"\n' + header.format(".a" * 1500) + "\nx = 1\n")
+        with pytest.raises(GolfError, match=r"deep\.toml: 'model\.parts\.a\S* is nested more than 8 deep"):
+            load_recipe(str(deep))
+    deep.write_text('extends = "pocket"\n' + "\n".join(f"[[model.parts.{'a.' * i}a]]" for i in range(200)))
+    with pytest.raises(GolfError, match="nested more than 8 deep"):
+        load_recipe(str(deep))
+    for i in range(1200):
+        (tmp_path / f"{i}.toml").write_text(f'extends = "{i + 1}.toml"\n')
+    (tmp_path / "1200.toml").write_text('extends = "pocket"\n')
+    with pytest.raises(GolfError, match=r"0\.toml' extends more than 50 others"):
+        load_recipe(str(tmp_path / "0.toml"))
+    assert load_recipe(str(tmp_path / "1155.toml")).name == "1155"
 
 
 def test_files_that_extend_files_are_found_beside_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

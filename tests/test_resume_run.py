@@ -130,6 +130,10 @@ def test_resuming_a_finished_run_does_nothing(capfd: CapFd, data: Path, straight
     assert json.loads(answer.out) == json.loads((straight / "record.json").read_text())
     assert "nothing to do" in answer.err
     assert before == {p: (p.stat().st_mtime_ns, p.stat().st_ino) for p in straight.rglob("*")}
+    page = (straight / "report.html").read_text()
+    (straight / "report.html").unlink()  # as if the machine had stopped between record and page
+    assert golf_here(capfd, *arguments(data, straight, "--resume")).code == 0
+    assert (straight / "report.html").read_text() == page
 
 
 def test_resuming_nothing_starts_afresh_and_says_so(
@@ -171,6 +175,11 @@ def test_other_data_and_a_second_process_are_refused(capfd: CapFd, data: Path, s
     other.write_text(prose()[::-1])
     answer = golf_here(capfd, *arguments(other, out, "--resume"))
     assert "train" in error_line(answer) and "data.json" in answer.err
+    passport = (out / "data.json").read_text()
+    for broken in ("[]", "[" * 5000):
+        (out / "data.json").write_text(broken)
+        assert "data.json" in error_line(golf_here(capfd, *arguments(data, out, "--resume")))
+    (out / "data.json").write_text(passport)
     assert Store(out / "checkpoints").paths()
     without = [a for a in arguments(data, out, "--resume") if a not in ("--data", str(data))]
     assert golf_here(capfd, *without).code == 0  # the folder knows where its data is

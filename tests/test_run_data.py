@@ -19,7 +19,7 @@ import typer
 import paramgolf
 from paramgolf.cli import app
 from paramgolf.recipe.load import recipe_names
-from tests.run_common import TINY, golf_here, prose
+from tests.run_common import TINY, error_line, golf_here, prose
 
 CapFd = pytest.CaptureFixture[str]
 SHORT = [*TINY, "budget.steps=2", "score.stride=0", "pack.codec=zlib"]
@@ -42,6 +42,20 @@ def test_a_text_file(capfd: CapFd, tmp_path: Path) -> None:
     assert record["scored_bytes"] == data["val"]["bytes"] > 0
     saved = tomllib.loads((tmp_path / "run" / "recipe.toml").read_text())
     assert saved["data"]["train"] == str(text), "the folder knows what it was trained on"
+
+
+def test_a_passport_that_says_other_bytes_is_refused(capfd: CapFd, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(prose()[:60_000])
+    made = golf_here(capfd, "data", "prepare", tmp_path / "text.txt", "--vocab-size", "300", "--out", tmp_path / "data")
+    assert made.code == 0, made.err
+    path = tmp_path / "data" / "passport.json"
+    passport = json.loads(path.read_text())
+    passport["val"]["bytes"] *= 2
+    path.write_text(json.dumps(passport))
+    out = ("--out", tmp_path / "run")
+    refused = error_line(golf_here(capfd, "run", "pocket", *SHORT, "data.vocab_size=300", "--data", path.parent, *out))
+    assert f"says {passport['val']['bytes']} bytes of validation text" in refused
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_with_validation_text(capfd: CapFd, tmp_path: Path) -> None:

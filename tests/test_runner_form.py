@@ -139,7 +139,7 @@ def test_a_recipe_of_another_form_is_named(
 @pytest.mark.parametrize(
     "line",
     ["", "{", "[]", "3", "null", "[" * 100_000, '{"step": 1, "tokens": 2, "elapsed": 3}']
-    + [f'{{"step": 1, "tokens": 2, "elapsed": 3, "loss": {loss}}}' for loss in ("NaN", "[]", '"x"', "1e999", "null")]
+    + [f'{{"step": 1, "tokens": 2, "elapsed": 3, "loss": {loss}}}' for loss in ("NaN", "[]", '"x"', "-1e99", "null")]
     + [f'{{"step": {10**400}, "tokens": 2, "elapsed": 3, "loss": 1}}', b"\xff\xfe{"],
 )
 def test_a_line_that_is_no_step_is_left_out(line: str | bytes) -> None:

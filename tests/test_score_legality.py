@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-import paramgolf
 from paramgolf.errors import GolfError
 from paramgolf.model.gpt import GPT
 from paramgolf.model.parts.smear_gate import SmearGate
@@ -181,7 +180,7 @@ def test_refusals() -> None:
         check_all(tiny_model(), np.zeros(0, np.int64), seq_len=T)
 
 
-def test_the_command(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     artifact = make_artifact(tmp_path / "model.golf")
     (tmp_path / "val.txt").write_text("\x1e\n".join(prose()[at : at + 40] for at in range(0, 200, 40)))
     command = ("score", artifact, "--data", tmp_path / "val.txt", "--check-legality")
@@ -193,11 +192,9 @@ def test_the_command(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypa
     (tmp_path / "short.txt").write_text("ab")
     short = golf_here(capfd, "score", artifact, "--data", tmp_path / "short.txt", "--check-legality")
     assert "at least 8 tokens" in error_line(short)
-    model = paramgolf.load(artifact)
-    cheats.batch_statistics(model.model)
-    monkeypatch.setattr(paramgolf, "load", lambda path: model)
     (tmp_path / "val.txt").write_text(prose()[:100])
-    broken = golf_here(capfd, *command)
+    with cheats.batch_statistics_everywhere():
+        broken = golf_here(capfd, *command)
     assert broken.code == 1 and "the score is not legal: windows" in broken.err
     assert "causal: violation: the distribution of token" in broken.out
 

@@ -20,7 +20,7 @@ from paramgolf.score.ttt.settings import ngram_of
 BOS, VOCAB = 1, 6
 LEVELS = st.lists(
     st.builds(
-        NgramLevel, scope=st.sampled_from(["document", "text"]), order=st.integers(0, 4),
+        NgramLevel, scope=st.sampled_from(["document", "text"]), order=st.integers(0, 8),
         strength=st.floats(0.0, 50.0), discount=st.floats(0.05, 0.95),
     ),
     min_size=1, max_size=4,

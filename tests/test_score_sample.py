@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from paramgolf.model.gpt import GPT
 from paramgolf.pack.packer import pack_model
 from paramgolf.recipe.load import load_recipe
 from paramgolf.score import sample
+from tests.run_common import error_line, golf_here
 
 TEXT = [("the cat sat on the mat, naïve café \U0001f600 and the dog ran after the cat " * 8).encode()]
 
@@ -140,3 +142,11 @@ def test_load_score_nll_sample(artifact: Path, tmp_path: Path) -> None:
         loaded.score("")
     with pytest.raises(GolfError):
         paramgolf.load(tmp_path / "absent.golf")
+
+
+def test_the_command_samples_and_refuses_as_the_api_does(artifact: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    told = json.loads(golf_here(capfd, "sample", artifact, "the", "--tokens", "40", "--json").out)
+    assert told["text"] == paramgolf.load(artifact).sample("the", max_tokens=40)
+    for top_p in ("0", "1.5", "nan"):
+        line = error_line(golf_here(capfd, "sample", artifact, "the", "--top-p", top_p))
+        assert "choose temperature >= 0, 0 < top_p <= 1" in line

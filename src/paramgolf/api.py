@@ -148,7 +148,7 @@ class LanguageModel:
     def stream(self, prompt: str = "", **settings: Any) -> Iterator[str]:
         """The continuation of `prompt` as it is generated, in whole characters.
 
-        Settings: max_tokens=200, temperature=0.8, top_p=1.0, top_k=0, stop=(), seed=0; see `score.sample.generate`.
+        Settings and their defaults: max_tokens, temperature, top_p, top_k, stop and seed of `score.sample.generate`.
         """
         context = self._score_config("train_seq_len") or self.seq_len
         return sample.generate(self.model, self.tokenizer, prompt, **({"context": context} | settings))

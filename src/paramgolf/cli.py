@@ -7,6 +7,7 @@ commands, so that `golf --help` and a misspelt key answer at once.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import re
@@ -163,8 +164,8 @@ def sample_command(
     tokens: Annotated[int, typer.Option(min=1, help="At most so many tokens.")] = 200,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 = always the likeliest token.")] = 0.8,
     top_p: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Sample from the smallest set with this probability.")
-    ] = 0.95,
+        float | None, typer.Option(help="Sample from the smallest set with this probability, above 0; 1 = from all.")
+    ] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Stop before this text (may be given several times).")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Same seed, same text.")] = 0,
     as_json: AsJson = False,
@@ -173,8 +174,9 @@ def sample_command(
     import paramgolf
 
     model = paramgolf.load(cli_text.artifact_path(artifact))
+    settings = {} if top_p is None else {"top_p": top_p}
     pieces = model.stream(
-        prompt, max_tokens=tokens, temperature=temperature, top_p=top_p, stop=list(stop or []), seed=seed
+        prompt, max_tokens=tokens, temperature=temperature, stop=list(stop or []), seed=seed, **settings
     )
     if as_json:
         emit({"prompt": prompt, "text": "".join(pieces), "seed": seed}, True, "")
@@ -275,7 +277,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    sys.stderr.write(f"golf: error: {' '.join(message.split())}\n")
+    with contextlib.suppress(AttributeError, OSError):  # stderr is closed or full: the code still says it
+        sys.stderr.write(f"golf: error: {' '.join(message.split())}\n")
     return code
 
 

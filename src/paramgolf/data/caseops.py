@@ -16,7 +16,6 @@ import numpy as np
 from paramgolf.errors import GolfError
 
 TITLE, ALLCAPS, CAPNEXT, ESCAPE = OPERATORS = "\ue001\ue002\ue003\ue004"
-OPERATOR_BYTES = 3  # of a literal operator character in UTF-8
 
 _RUN = re.compile(r"[A-Za-z]*[A-Z][A-Za-z]*")
 _CAPITAL = re.compile(r"[A-Z]")

@@ -12,6 +12,7 @@ import numpy as np
 
 from paramgolf.data import build, official, sources
 from paramgolf.data.build import PASSPORT, TOKENIZER, VAL_TEXT, Progress
+from paramgolf.data.cache import remembered_sha256
 from paramgolf.data.shards import open_shard
 from paramgolf.data.tokenizer import Tokenizer
 from paramgolf.errors import GolfError
@@ -53,6 +54,8 @@ class Dataset:
         try:
             passport = json.loads((folder / PASSPORT).read_text(encoding="utf-8"))
             text = folder / VAL_TEXT
+            if not (passport["train"]["shards"] and passport["val"]["shards"]):
+                raise ValueError("it names no shards")
             return cls(
                 root=folder,
                 tokenizer=Tokenizer.load(folder / TOKENIZER),
@@ -65,6 +68,17 @@ class Dataset:
             )
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise GolfError(f"{folder}: not a prepared dataset ({error}); prepare it again") from error
+
+    def check_hashes(self, cache: Path) -> None:
+        """GolfError unless every file is the one that the passport names. Hashes of large files are kept in `cache`."""
+        train, val = self.passport["train"], self.passport["val"]
+        said = {s["name"]: s.get("sha256") for s in (*train["shards"], *val["shards"], *val.get("sizes", []))}
+        said[TOKENIZER] = self.passport["tokenizer"].get("sha256")
+        if self.val_text is not None:
+            said[VAL_TEXT] = val.get("sha256")
+        for name, expected in said.items():
+            if remembered_sha256(self.root / name, cache) != expected:
+                raise GolfError(f"{self.root / name} is not the file that {PASSPORT} names; prepare the data again")
 
 
 def prepare(
@@ -88,6 +102,7 @@ def prepare(
             dataset = Dataset.open(folder)
             official.check_vocabulary(dataset.tokenizer, section, where=str(folder / TOKENIZER), given=True)
             official.check_case(dataset.tokenizer, section, where=str(folder / TOKENIZER))
+            dataset.check_hashes(cache)
             return dataset
         if official.has_shards(folder):
             if out is not None:

@@ -21,14 +21,10 @@ import numpy as np
 from paramgolf.data.sources import Document
 from paramgolf.data.tokenizer import Tokenizer
 from paramgolf.errors import GolfError
+from paramgolf.processors import cpu_count
 
 BATCH_BYTES = 1 << 20
 PARALLEL_FROM = 1 << 24  # bytes; below this, starting processes costs more than it saves
-
-
-def cpu_count() -> int:
-    """Processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def child_environment() -> dict[str, str]:

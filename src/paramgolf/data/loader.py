@@ -83,11 +83,6 @@ class Loader:
         """Tokens of one global batch."""
         return self._place.batch_tokens
 
-    @property
-    def tokens_seen(self) -> int:
-        """Training tokens handed out so far, over all ranks."""
-        return self._place.tokens
-
     def next_batch(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(x, y), int64 (rows of this rank, T) on the CPU; a rank gets no rows when there are fewer rows than ranks."""
         while len(self._ahead) < _AHEAD:

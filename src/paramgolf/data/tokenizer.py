@@ -27,6 +27,7 @@ from paramgolf.files import sha256_bytes, user_path
 
 Buffer = bytes | bytearray | memoryview
 
+_LARGEST = 64 << 20  # bytes of a .model file; 65,536 pieces take a few MB
 CHUNK_BYTES = 1 << 16  # a long document is encoded in parts of about this size, where that changes nothing
 _BROKEN = re.compile("[\udc80-\udcff]")  # bytes that are not UTF-8, as "surrogateescape" writes them
 
@@ -62,9 +63,14 @@ class Tokenizer:
             return cls(source)
         path = user_path(source)
         try:
-            data = path.read_bytes()
+            if path.exists() and not path.is_file():
+                raise GolfError(f"{path} is no plain file; give the .model file of a tokenizer")
+            with path.open("rb") as stream:
+                data = stream.read(_LARGEST + 1)
         except OSError as error:
             raise GolfError(f"cannot read tokenizer {path}: {error.strerror or error}") from error
+        if len(data) > _LARGEST:
+            raise GolfError(f"{path}: above 64 MB, too large for a tokenizer; give its .model file")
         try:
             return cls(data)
         except GolfError as error:

@@ -36,12 +36,15 @@ class Run:
 
 @dataclass(frozen=True)
 class Group:
+    """Runs that are compared as one: seeds of a recipe, or what one argument names."""
+
     name: str
     runs: list[Run]
     notes: tuple[str, ...] = ()
 
 
 def open_run(path: Path) -> Run:
+    """The finished run in a folder, or of the record file `path`. GolfError if there is none whose seal holds."""
     folder = run_folder(path)
     table = recipe_table(folder)
     return Run(folder.root, read_record(folder), table, identity(table))

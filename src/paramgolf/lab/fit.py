@@ -48,7 +48,7 @@ TimeModel = Callable[[Recipe, Sequence[Shape]], tuple[list[tuple[Shape, float]],
 
 def fit(
     data: str, budget: Budget, *, write: Path | None = None, out: Path | None = None, dry_run: bool = False,
-    say: Say = lambda text: None, program: tuple[str, ...] = GOLF,
+    say: Say = lambda text: None, program: tuple[str, ...] = GOLF, timer: TimeModel | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Choose, write and (unless `dry_run`) run a recipe; everything that was found, as plain data.
 
@@ -57,6 +57,7 @@ def fit(
         write: the recipe file; None = beside the run folder, and nowhere with `dry_run`.
         out: the run folder; None = `runs/fit-BYTES-SECONDS`, numbered where there is one.
         say: gets what a person should see before the run.
+        timer: measures training steps; None = `time_model`.
 
     Raises GolfError for budgets that nothing fits, and for text that cannot be read.
     """
@@ -70,7 +71,7 @@ def fit(
     phases = Phases()
     with phases.of("reading the text"):
         text = look_at(data, base)
-    choice, rates = measured_choice(base, rule, budget, text, phases=phases)
+    choice, rates = measured_choice(base, rule, budget, text, phases=phases, timer=timer or time_model)
     toml = recipe_toml(choice, base, rates, data)
     result = facts(choice, rates, rule, budget, text) | {"recipe": "", "toml": toml, "run": "", "record": None}
     path = write or (None if dry_run else root.resolve().with_name(f"{root.resolve().name}.toml"))

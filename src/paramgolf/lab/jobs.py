@@ -23,6 +23,7 @@ from typing import Any
 
 from paramgolf.errors import GolfError
 from paramgolf.lab.records import identity, read_record, recipe_table
+from paramgolf.processors import cpu_count
 from paramgolf.recipe.load import resolve, to_table
 from paramgolf.runner.folder import RunFolder
 
@@ -80,7 +81,8 @@ class Stop:
 
 
 def run_job(job: Job, *, stop: Stop, watch: Watch | None = None, threads: int = 0) -> Outcome:
-    """Run a job to its end. A folder with a finished run of the same recipe is taken as it is; half a run is removed.
+    """Run a job to its end. A folder with a finished run of the same recipe is taken as it is; half a run is removed,
+    unless another process is at work in it (GolfError).
 
     Args:
         watch: called about five times a second with the new log lines; True stops the run.
@@ -91,7 +93,8 @@ def run_job(job: Job, *, stop: Stop, watch: Watch | None = None, threads: int = 
         _same_recipe(job, folder)
         return Outcome(read_record(folder))
     if (job.folder / "recipe.toml").is_file():
-        shutil.rmtree(job.folder, ignore_errors=True)  # of a sweep that was killed
+        with folder.locked():
+            shutil.rmtree(job.folder, ignore_errors=True)  # of a sweep that was killed
     job.folder.parent.mkdir(parents=True, exist_ok=True)
     environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
     log = job.folder.with_name(f"{job.folder.name}.log")
@@ -169,8 +172,7 @@ def _last_line(log: Path) -> str:
 
 def share_of_cores(workers: int) -> int:
     """CPU threads for each of several runs at a time; 0 (the run's own choice) for one alone."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, allowed // workers) if workers > 1 else 0
+    return max(1, cpu_count() // workers) if workers > 1 else 0
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from paramgolf.errors import GolfError
+from paramgolf.recipe.load import check_depth
 from paramgolf.runner.folder import RunFolder
 from paramgolf.runner.form import NAMED, check_record
 from paramgolf.runner.record import FORMAT, SEAL, seal
@@ -83,6 +84,7 @@ def recipe_table(folder: RunFolder) -> dict[str, Any]:
         table = tomllib.loads(read_bytes(path).decode())
     except (ValueError, RecursionError) as error:
         raise GolfError(f"{path} is not valid TOML: {error}; get the file again") from None
+    check_depth(table, str(path))
     for key in ("train", "data", "budget", "pack"):
         if not isinstance(table.get(key, {}), dict):
             raise GolfError(f"{path}: {key} is no table; get the file again")

@@ -80,13 +80,3 @@ def look(improvements: np.ndarray, margin: float, most: int, alpha: float) -> Lo
     earlier = (null[:, :-1] >= np.array(bounds[: len(x) - 2])).any(axis=1)
     p = float(np.mean(earlier | (null[:, -1] >= statistic)))
     return Look(len(x), statistic, bound, max(p, 1 / len(null)), statistic >= bound)
-
-
-def simulate(most: int, alpha: float, effect: float, count: int, seed: int) -> tuple[float, float]:
-    """(share of comparisons that end in "better", mean number of runs used) over `count` simulated comparisons whose
-    true improvement lies `effect` deviations above the margin."""
-    x = np.random.default_rng(seed).standard_normal((count, most)) + effect
-    crossed = t_statistics(x) >= np.array(boundaries(most, alpha))
-    ended = crossed.any(axis=1)
-    used = np.where(ended, crossed.argmax(axis=1) + 2, most)
-    return float(ended.mean()), float(used.mean())

@@ -9,6 +9,7 @@ from typing import Any
 
 from paramgolf.errors import GolfError
 from paramgolf.recipe.load import parse_override, resolve, to_table
+from paramgolf.recipe.sections import MOST
 
 _RANGE = re.compile(r"^(?P<low>[^,]+?)\.\.(?P<high>[^:,]+)(?::(?P<how>log|step=.+))?$")
 
@@ -86,13 +87,26 @@ def _axis(word: str, table: dict[str, Any]) -> Axis:
     low, high = _value(found["low"]), _value(found["high"])
     how = found["how"] or ""
     step = _value(how.removeprefix("step=")) if how.startswith("step=") else 0.0
-    numbers = (low, high, step)
-    if not all(isinstance(n, int | float) and not isinstance(n, bool) for n in numbers) or low >= high or step < 0:
-        raise GolfError(f"--over {word}: a range is LOW..HIGH of two numbers, e.g. optim.matrix_lr=0.01..0.04:log")
+    if not all(map(_is_number, (low, high, step))) or not 0 < high - low < math.inf:
+        raise GolfError(f"--over {word:.80}: a range is LOW..HIGH of two numbers, e.g. optim.matrix_lr=0.01..0.04:log")
     if how == "log" and low <= 0:
-        raise GolfError(f"--over {word}: a logarithmic range must start above 0")
-    integer = all(isinstance(n, int) for n in (low, high)) and not isinstance(own, float)
+        raise GolfError(f"--over {word:.80}: a logarithmic range must start above 0")
+    if how.startswith("step=") and not (high - low) / MOST < step <= high - low:
+        raise GolfError(f"--over {word:.80}: a step must be at most HIGH - LOW, and not next to 0")
+    whole = all(isinstance(n, int) for n in (low, high)) and step == int(step)
+    # The type of a part's own settings is known to the part alone.
+    if path[:2] != ["model", "parts"] and type(own) is int and not whole:
+        raise GolfError(f"--over {word:.80}: {key.strip()} takes whole numbers; give whole ends and a whole step")
+    integer = whole and not isinstance(own, float)
     return Axis(key.strip(), own, (), float(low), float(high), how == "log", float(step), integer)
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is a finite number; a whole one beyond every float is none."""
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def _value(text: str) -> Any:

@@ -11,6 +11,7 @@ import contextlib
 import fnmatch
 import json
 import operator
+import os
 import re
 import sqlite3
 from collections.abc import Callable, Iterator
@@ -22,9 +23,9 @@ from paramgolf.errors import GolfError
 from paramgolf.lab.records import find_runs, parse_record, read_bytes
 from paramgolf.registry import close_match
 
-VERSION = 1
+VERSION = 2
 NAME = "index.sqlite"
-_SCHEMA = "CREATE TABLE runs (path TEXT PRIMARY KEY, mtime_ns INTEGER, size INTEGER, facts TEXT, problem TEXT)"
+_SCHEMA = "CREATE TABLE runs (path BLOB PRIMARY KEY, mtime_ns INTEGER, size INTEGER, facts TEXT, problem TEXT)"
 _COMPARE: dict[str, Callable[[Any, Any], bool]] = {
     "=": operator.eq, "!=": operator.ne, "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge,
 }  # fmt: skip
@@ -82,14 +83,14 @@ def _fresh(connection: sqlite3.Connection) -> sqlite3.Connection:
 
 
 def _synced(connection: sqlite3.Connection, root: Path) -> tuple[list[Facts], list[str]]:
-    known = {row[0]: row[1:] for row in connection.execute("SELECT path, mtime_ns, size FROM runs")}
+    known = {os.fsdecode(row[0]): row[1:] for row in connection.execute("SELECT path, mtime_ns, size FROM runs")}
     there: dict[str, tuple[int, int]] = {}
     for record in find_runs(root):
         with contextlib.suppress(OSError):  # removed this moment
             state = record.stat()
             there[str(record.parent.relative_to(root))] = (state.st_mtime_ns, state.st_size)
     new = [_row(root, path, state) for path, state in there.items() if known.get(path) != state]
-    gone = [(path,) for path in known if path not in there]
+    gone = [(os.fsencode(path),) for path in known if path not in there]
     if new or gone:
         connection.execute("BEGIN IMMEDIATE")
         connection.executemany("DELETE FROM runs WHERE path = ?", gone)
@@ -101,14 +102,16 @@ def _synced(connection: sqlite3.Connection, root: Path) -> tuple[list[Facts], li
     return facts, [problem for _, problem in rows if problem]
 
 
-def _row(root: Path, path: str, state: tuple[int, int]) -> tuple[str, int, int, str, str]:
+def _row(root: Path, path: str, state: tuple[int, int]) -> tuple[bytes, int, int, str, str]:
+    """What is stored of a record. A folder's name may be no UTF-8, which sqlite has no texts for."""
+    key = os.fsencode(path)
     try:
         record = parse_record(read_bytes(root / path / "record.json"), root / path / "record.json")
     except GolfError as error:
-        return path, *state, "", str(error)
+        return key, *state, "", str(error).encode(errors="backslashreplace").decode()
     finished = datetime.fromtimestamp(state[0] / 1e9).isoformat(" ", "seconds")
     facts = {"run": str(root / path), **flatten(record), "finished": finished}
-    return path, *state, json.dumps(facts, separators=(",", ":")), ""
+    return key, *state, json.dumps(facts, separators=(",", ":")), ""
 
 
 def flatten(record: dict[str, Any], prefix: str = "") -> Facts:

@@ -35,8 +35,6 @@ from paramgolf.lab.tuning import tuning_data
 from paramgolf.recipe.load import resolve, to_table, to_toml
 from paramgolf.recipe.sections import BudgetSection
 
-SAMPLERS = ("tpe", "random", "grid", "cmaes")
-PRUNERS = ("median", "hyperband", "none")
 HEARTBEAT, GIVEN_UP = 20.0, 180.0  # seconds between signs of life of a trial, and without one until it is given back
 _HOPELESS = 4  # failed trials, with none that ended well, after which a sweep gives up
 _WARMUP_PERCENT = 20  # of its budget a trial trains before it can be pruned

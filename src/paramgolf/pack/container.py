@@ -24,12 +24,11 @@ from typing import Any
 import numpy as np
 
 from paramgolf.errors import GolfError
-from paramgolf.files import atomic_write
 from paramgolf.pack import bytecoding
 from paramgolf.pack import manifest as manifests
 from paramgolf.pack.codecs.base import CodeSpec, CodeTensor
 from paramgolf.pack.coding import encode_codes
-from paramgolf.pack.ledger import Ledger, attribute
+from paramgolf.pack.ledger import attribute
 from paramgolf.pack.registry import CODECS
 from paramgolf.pack.side import decode_arrays, encode_arrays
 from paramgolf.pack.stored import StoredTensor, TensorSpec
@@ -103,13 +102,6 @@ def encode_artifact(artifact: Artifact, codec: str = "auto", level: int = -1) ->
     lengths = {key: len(body) for key, body in sections.items()}
     container = len(data) - len(manifest) - sum(lengths.values())
     return Encoded(data, name, {**lengths, "manifest": len(manifest), "container": container})
-
-
-def write_artifact(path: str | Path, artifact: Artifact, codec: str = "auto", level: int = -1) -> Ledger:
-    """Write the file whole or not at all; the ledger attributes every byte of it."""
-    encoded = encode_artifact(artifact, codec, level)
-    atomic_write(path, encoded.data)
-    return attribute(encoded.parts, artifact.tensors)
 
 
 def read_artifact(path: str | Path) -> Artifact:

@@ -7,6 +7,7 @@ Recipes inherit (`extends = "baseline"`); every value remembers which file set i
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,6 +25,9 @@ from paramgolf.registry import close_match
 Table = dict[str, Any]
 SECTIONS = {f.name: f for f in dataclasses.fields(Recipe) if f.name not in ("name", "title", "extends")}
 _ADAPTER: TypeAdapter[Recipe] = TypeAdapter(Recipe)
+DEEPEST = 8  # tables and lists inside one another; ours have 4
+LONGEST_CHAIN = 50  # recipes that extend each other
+_LEAST = 1e-9  # below it the weight of a token that was not seen is lost in a sum of float64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,12 +61,14 @@ def resolve(name: str, overrides: Iterable[str] = ()) -> Resolved:
 
 def from_table(table: Mapping[str, Any], origin: Mapping[str, str] | None = None) -> Recipe:
     """Check a plain table and make the recipe; the error names the key, the value and where it was set."""
+    check_depth(table, "recipe")
     try:
         recipe = _ADAPTER.validate_python(dict(table))
     except ValidationError as error:
         raise GolfError(_explain(error, origin or {})) from None
     _check_grids(recipe)
     _check_levels(recipe)
+    _check_plain(recipe.model.parts, "model.parts")
     return recipe
 
 
@@ -85,11 +91,34 @@ def _check_grids(recipe: Recipe) -> None:
 def _check_levels(recipe: Recipe) -> None:
     """No level of the n-gram cache may make a token impossible."""
     for level in recipe.ngram.levels:
-        if level.strength == 0 and level.discount == 0:
+        if max(level.strength, level.discount) < _LEAST:
             raise GolfError(
-                f"ngram.levels, order {level.order}: with strength and discount both 0 a token that was not seen would "
-                "be impossible; raise one of them"
+                f"ngram.levels, order {level.order}: with strength and discount both 0, or next to it, a token that "
+                "was not seen would be impossible; raise one of them"
             )
+
+
+def check_depth(table: Mapping[str, Any], where: str) -> None:
+    """GolfError for tables nested deeper than any recipe's; what is walked by recursion later is checked here."""
+    rest: list[tuple[str, Any, int]] = [("", table, 0)]
+    while rest:
+        key, node, depth = rest.pop()
+        if depth > DEEPEST:
+            raise GolfError(f"{where}: '{_short(key)}' is nested more than {DEEPEST} deep; write it flatter")
+        pairs = node.items() if isinstance(node, Mapping) else enumerate(node)
+        rest += [(f"{key}.{k}".lstrip("."), v, depth + 1) for k, v in pairs if isinstance(v, Mapping | list | tuple)]
+
+
+def _check_plain(value: Any, key: str) -> None:
+    """The settings of components are checked here only as far as every record and artifact must hold them."""
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            _check_plain(inner, f"{key}.{name}")
+    elif isinstance(value, list | tuple):
+        for index, inner in enumerate(value):
+            _check_plain(inner, f"{key}.{index}")
+    elif not isinstance(value, str | int | float) or (isinstance(value, float) and not math.isfinite(value)):
+        raise GolfError(f"recipe key {_short(key)} = {_short(str(value))}: give a finite number, a truth value or text")
 
 
 def to_table(recipe: Recipe) -> Table:
@@ -114,21 +143,26 @@ def parse_override(text: str) -> tuple[list[str], Any]:
     if not equals or not all(path) or (len(path) < 2 and path != ["stages"]):  # the one list that is no section
         raise GolfError(f"override '{text}' is not of the form section.key=value, e.g. model.dim=256")
     try:
-        value = tomllib.loads(f"value = {raw}")["value"]
+        table = tomllib.loads(f"value = {raw}")
     except (ValueError, RecursionError):
-        value = raw.strip()
-    return path, value
+        return path, raw.strip()
+    if len(table) > 1:
+        raise GolfError(f"override '{_short(text)}' goes on after its value; give one override for each key")
+    return path, table["value"]
 
 
 def _read_chain(name: str, seen: tuple[str, ...]) -> tuple[Table, dict[str, str]]:
     """The tables of `name` and of everything it extends, merged, parents first."""
     if name in seen:
         raise GolfError(f"recipe '{name}' extends itself through {' -> '.join((*seen, name))}; break the circle")
+    if len(seen) >= LONGEST_CHAIN:
+        raise GolfError(f"recipe '{seen[0]}' extends more than {LONGEST_CHAIN} others in a row; merge some of them")
     label, text = _read_text(name)
     try:
         own = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
         raise GolfError(f"recipe {label} is not valid TOML: {error}; mend the file") from None
+    check_depth(own, label)
     parent = str(own.get("extends", ""))
     table: Table = {}
     origin: dict[str, str] = {}

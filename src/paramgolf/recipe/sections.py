@@ -29,6 +29,8 @@ Rate = Annotated[float, Field(ge=0, le=1e30)]  # of learning; its product with a
 
 @dataclass(frozen=True, kw_only=True)
 class DataSection:
+    """The text, how it is tokenised, and in which order a run reads it."""
+
     __pydantic_config__ = STRICT
     train: str = ""  # file, folder or glob; "" = the built-in corpus
     val: str = ""  # validation text; "" = files with that word in their name, else a split of train
@@ -45,6 +47,8 @@ class DataSection:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSection:
+    """The shape of the transformer; `dim` and other widths in channels (see model/gpt.py)."""
+
     __pydantic_config__ = STRICT
     dim: Width = 512
     num_layers: Layers = 9
@@ -78,6 +82,8 @@ class ModelSection:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimSection:
+    """The optimisers of matrices, scalars, embedding and head, and their rates before the schedule's factor."""
+
     __pydantic_config__ = STRICT
     matrix: str = "muon"  # a name of optim.MATRIX_OPTIMIZERS
     matrix_lr: Rate = 0.04
@@ -102,6 +108,8 @@ class OptimSection:
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleSection:
+    """How rates, momentum and weight decay go over a run."""
+
     __pydantic_config__ = STRICT
     warmup_steps: Count = 20  # throw-away steps that compile and warm up; all state is restored after them
     lr_warmup_steps: Count = 0  # linear ramp of the learning rate
@@ -119,6 +127,8 @@ class ScheduleSection:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSection:
+    """The batch, and how this machine computes it."""
+
     __pydantic_config__ = STRICT
     batch_tokens: Positive = 524_288  # global, for one optimizer step
     seq_len: Positive = 1024
@@ -137,6 +147,8 @@ class TrainSection:
 
 @dataclass(frozen=True, kw_only=True)
 class AverageSection:
+    """The average of the weights over training that is packed in place of the last ones."""
+
     __pydantic_config__ = STRICT
     kind: Literal["none", "ema", "swa"] = "none"
     decay: Fraction = 0.997  # EMA
@@ -178,6 +190,8 @@ class RuleSection:
 
 @dataclass(frozen=True, kw_only=True)
 class QuantSection:
+    """How weights become codes: the grids, which tensor is on which, and quantisation while training."""
+
     __pydantic_config__ = STRICT
     method: str = "rtn"  # a name of quant.QUANTIZERS
     calibration_tokens: Positive = 65_536  # training text that gptq reads before packing, over all ranks
@@ -200,6 +214,8 @@ class QuantSection:
 
 @dataclass(frozen=True, kw_only=True)
 class PackSection:
+    """How codes become bytes, and what the byte cap counts."""
+
     __pydantic_config__ = STRICT
     codec: str = "auto"  # a name of pack.CODECS, or auto = the smallest
     level: int = -1  # -1 = the codec's strongest
@@ -210,6 +226,8 @@ class PackSection:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreSection:
+    """How the validation text is cut into windows (see score/windows.py)."""
+
     __pydantic_config__ = STRICT
     seq_len: Count = 0  # 0 = train.seq_len
     stride: Count = 0  # sliding score beside the standard one; 0 = none
@@ -286,6 +304,8 @@ class NgramSection:
 
 @dataclass(frozen=True, kw_only=True)
 class BudgetSection:
+    """What a run may spend: seconds, steps and tokens of training, bytes of the artifact; 0 = unbound."""
+
     __pydantic_config__ = STRICT
     seconds: NonNegative = 0.0  # training budget; 0 = unbound
     steps: Count = 0

@@ -14,6 +14,7 @@ from typing import Any
 import paramgolf
 from paramgolf.errors import GolfError
 from paramgolf.files import atomic_write, sha256_bytes
+from paramgolf.processors import cpu_count
 
 SOURCE_SUFFIXES = (".py", ".toml", ".json", ".c", ".j2")
 MAX_SOURCE = 64 * 2**20  # bytes unpacked; ours are about one and a half million
@@ -93,9 +94,7 @@ def environment() -> dict[str, Any]:
         "cuda": torch.version.cuda if gpus else None,
         "packages": {name: metadata.version(name) for name in PACKAGES},
         "cpu": cpu_name(),
-        "cpu_count": len(psutil.Process().cpu_affinity())
-        if hasattr(psutil.Process, "cpu_affinity")
-        else psutil.cpu_count(),
+        "cpu_count": cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_bytes": psutil.virtual_memory().total,
         "gpus": gpus,

@@ -62,13 +62,20 @@ class RunFolder:
         if not self.data.is_file():
             atomic_write(self.data, json.dumps(passport, indent=1).encode())
             return
-        try:
-            before = json.loads(self.data.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise GolfError(f"{self.data} cannot be read: {error}; choose another --out") from None
+        before = self.passport()
         changed = [key for key in ("tokenizer", "train", "val") if before.get(key) != passport[key]]
         if changed:
             raise GolfError(f"--resume: {', '.join(changed)} of the data differ from {self.data}; give the run's data")
+
+    def passport(self) -> dict[str, Any]:
+        """The passport of the data that the run trains on. GolfError where it cannot be read or is none."""
+        try:
+            passport = json.loads(self.data.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise GolfError(f"{self.data} cannot be read: {str(error)[:80]}; choose another --out") from None
+        if not isinstance(passport, dict):
+            raise GolfError(f"{self.data} is no passport of data; choose another --out")
+        return passport
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

@@ -7,7 +7,6 @@ asks for its form first, and says in one line which key does not have it. Keys t
 from __future__ import annotations
 
 import json
-import math
 from functools import cache
 from pathlib import Path
 from typing import (
@@ -26,8 +25,9 @@ from paramgolf.errors import GolfError
 Integer = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Some = Annotated[int, Field(gt=0, lt=2**63)]
-Number = Annotated[float, Field(ge=-1e15, le=1e15)]  # no NaN, no infinity
-Score = Annotated[float, Field(ge=0.0, le=1e15)]
+_LARGEST = 1e15
+Number = Annotated[float, Field(ge=-_LARGEST, le=_LARGEST)]  # no NaN, no infinity
+Score = Annotated[float, Field(ge=0.0, le=_LARGEST)]
 NAMED = ("recipe", "seed")
 # What every finished run has and its page shows.
 SHOWN = (
@@ -40,11 +40,15 @@ _WITH = {"val_bpb_sliding": ("val_loss_sliding", "stride"), "val_bpb_table": ("t
 
 
 class Peer(TypedDict):
+    """A general compressor on the same text: its bits per byte and the bytes it wrote."""
+
     bpb: Score
     bytes: Count
 
 
 class Environment(TypedDict):
+    """The machine of a run (see environment.py)."""
+
     cpu: str
     cpu_count: Count | None
     gpus: list[str]
@@ -52,30 +56,42 @@ class Environment(TypedDict):
 
 
 class Training(TypedDict):
+    """How long training took, why it ended, and the number of its processes."""
+
     train_seconds: Score
     stop_reason: str
     world: Some
 
 
 class Shard(TypedDict):
+    """A file of tokens, by its hash."""
+
     sha256: str
 
 
 class Side(TypedDict):
+    """The training or the validation part of the data; `bytes` of text."""
+
     shards: list[Shard]
     bytes: NotRequired[Count | None]
     sha256: NotRequired[str | None]
 
 
 class Tokenizer(TypedDict):
+    """The tokenizer, by the hash of its bytes."""
+
     sha256: str
 
 
 class Source(TypedDict):
+    """A file of text that the data was made of, by its hash."""
+
     sha256: NotRequired[str | None]
 
 
 class Data(TypedDict):
+    """What a run read: where it came from, its tokenizer and its two parts."""
+
     source: NotRequired[list[Source]]
     tokenizer: Tokenizer
     train: Side
@@ -83,6 +99,8 @@ class Data(TypedDict):
 
 
 class Miscounted(TypedDict):
+    """A document, by its number, whose bytes the tokenizer's table counts otherwise, and why."""
+
     document: Count
     true_bytes: Count
     table_bytes: Count
@@ -91,6 +109,8 @@ class Miscounted(TypedDict):
 
 
 class ByteTable(TypedDict):
+    """The tokenizer's byte counts against those of the documents (see data/byte_oracle.py)."""
+
     documents: Count
     true_bytes: Count
     table_bytes: Count
@@ -101,6 +121,8 @@ class ByteTable(TypedDict):
 
 
 class Group(TypedDict):
+    """What a group of tensors got: bytes by estimate, and the predicted loss in nats a token."""
+
     bits: Integer
     step: Number
     bytes: Number
@@ -108,11 +130,15 @@ class Group(TypedDict):
 
 
 class Fit(TypedDict, total=False):
+    """What `pack.fit` chose, and what 1,000 more bytes would take off the loss."""
+
     groups: dict[str, Group]
     nats_per_kilobyte: Number
 
 
 class Proof(TypedDict):
+    """What `golf prove` left: a real file of the text, decoded, and the score it should have."""
+
     proved_bpb: Score
     val_bpb_same_windows: Score
     overhead: Number
@@ -129,6 +155,8 @@ class Proof(TypedDict):
 
 
 class Paths(TypedDict):
+    """Where a run wrote its artifact and its page."""
+
     artifact: str
     report: str
 
@@ -188,6 +216,8 @@ class Record(TypedDict, total=False):
 
 
 class FrontierPoint(TypedDict):
+    """An artifact of some size: bits per byte that it has more than the float model, measured and predicted."""
+
     total_bytes: Count
     measured_bpb: Number
     predicted_bpb: Number
@@ -244,4 +274,4 @@ def log_point(line: str | bytes) -> LogPoint | None:
         point = LogPoint(*(float(row[key]) for key in LogPoint._fields))
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
-    return point if all(map(math.isfinite, point)) else None
+    return point if all(abs(value) <= _LARGEST for value in point) else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +56,8 @@ def own_validation(artifact: Path) -> str:
     """The prepared data, validation set and all, of the run that made the artifact. GolfError where it is not kept."""
     folder = _folder(artifact)
     try:
-        key = str(json.loads(folder.data.read_text(encoding="utf-8"))["key"])
-    except (OSError, ValueError, TypeError, KeyError):
+        key = str(folder.passport()["key"])
+    except (GolfError, KeyError):
         raise GolfError(f"{artifact} is of no run that says which data it had; give documents by --data") from None
     kept = cache_root() / key[:20]
     if not kept.is_dir():

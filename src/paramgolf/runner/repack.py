@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -102,10 +101,7 @@ def data_of(trained: Trained, data: str = "") -> Dataset:
 
     GolfError when it has another tokenizer than the run.
     """
-    try:
-        passport = json.loads(trained.folder.data.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise GolfError(f"{trained.folder.data} cannot be read ({error}); the run's tokenizer is unknown") from None
+    passport = trained.folder.passport()
     cached = cache_root() / str(passport.get("key"))[:20]
     if not data and (cached / "passport.json").is_file():
         return Dataset.open(cached)

@@ -88,6 +88,8 @@ def run(
     finished = folder.read_record() if resume else None
     if finished is not None:
         Phases(quiet=not dist.is_main).note(f"{folder.root} holds a finished run: nothing to do")
+        if dist.is_main and not folder.report.is_file():  # it ended before its last file
+            write_report(folder, finished, recipe.title)
         return finished if dist.is_main else None
     with contextlib.ExitStack() as held:
         _on_main(dist, lambda: held.enter_context(folder.locked()))
@@ -123,6 +125,9 @@ def _work(
 
 def _byte_table(dataset: Dataset) -> dict[str, Any] | None:
     check = check_dataset(dataset)
+    if check is not None and dataset.val_text is not None and check.true_bytes != dataset.val_bytes:
+        said = f"the passport says {dataset.val_bytes} bytes of validation text, it has {check.true_bytes}"
+        raise GolfError(f"{dataset.root}: {said}; prepare the data again")
     return None if check is None else check.as_dict()
 
 

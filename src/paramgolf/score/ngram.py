@@ -53,6 +53,9 @@ def _counts(ids: np.ndarray, part: np.ndarray, order: int) -> tuple[np.ndarray, 
     """Of each target 1 ... n-1: how often its context was followed by it, by anything, by how many kinds of tokens,
     in the same part of the stream and before it; three (n - 1,) int64. A context lies in the part of its last token."""
     n, size = len(ids), int(ids.max()) + 1
+    if order >= n:  # no target has so many tokens before it
+        zeros = np.zeros((3, n - 1), np.int64)
+        return zeros[0], zeros[1], zeros[2]
     context = part.copy()
     for back in range(order):
         shifted = np.full(n, -1, np.int64)

@@ -23,7 +23,7 @@ def generate(
     context: int,
     max_tokens: int = 200,
     temperature: float = 0.8,
-    top_p: float = 1.0,
+    top_p: float = 0.95,
     top_k: int = 0,
     stop: Sequence[str] = (),
     seed: int = 0,

@@ -122,6 +122,7 @@ def used_grids(recipe: Recipe) -> dict[str, GridSection]:
 
 
 def facts_of(recipe: Recipe) -> Facts:
+    """What the recipe settles before any code is read: values, functions replaced or never called."""
     values: dict[tuple[str, str], Any] = dict(NEVER)
     for section_field in dataclasses.fields(recipe):
         section = getattr(recipe, section_field.name)

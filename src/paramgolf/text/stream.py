@@ -22,6 +22,7 @@ from typing import BinaryIO
 import torch
 
 from paramgolf.errors import GolfError
+from paramgolf.processors import cpu_count
 from paramgolf.text import format as form
 from paramgolf.text.blocks import TOLERANCE, TextModel, decode_frame, encode_block, is_text
 from paramgolf.text.format import Content, Ending, Frame, Header, StreamReader
@@ -134,7 +135,7 @@ class Crew:
 
 
 def default_workers() -> int:
-    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    return min(8, cpu_count())
 
 
 def compress(

@@ -19,6 +19,7 @@ import torch
 
 from paramgolf.model.order import order_of
 from paramgolf.optim.newton_schulz import fast_dtype
+from paramgolf.processors import cpu_count
 from paramgolf.recipe.sections import ModelSection, TrainSection
 
 CPU_MICRO_TOKENS = 8192
@@ -72,7 +73,7 @@ def _default_threads() -> int:
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if "OMP_NUM_THREADS" in os.environ and local_ranks == 1:
         return torch.get_num_threads()
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    allowed = cpu_count()
     return max(1, min(allowed, physical_cores() or allowed) // local_ranks)
 
 

@@ -24,6 +24,8 @@ from paramgolf.recipe.sections import STRICT, ModelSection
 
 @dataclass(frozen=True, kw_only=True)
 class AttnGateConfig:
+    """Settings of `model.parts.attn_gate`."""
+
     __pydantic_config__ = STRICT
     factor: Annotated[float, Field(gt=0)] = 2.0  # 2 starts at no change, 1 at a half
     window: Annotated[int, Field(ge=0)] = 12  # channels the gate reads; 0 = all
@@ -32,6 +34,8 @@ class AttnGateConfig:
 
 
 class AttnGateLayer(LayerPart):
+    """The gates of one layer; weight (heads, window)."""
+
     def __init__(self, config: AttnGateConfig, heads: int, window: int) -> None:
         super().__init__()
         self.factor, self.scale, self.from_query = config.factor, config.scale, config.source == "query"
@@ -46,6 +50,8 @@ class AttnGateLayer(LayerPart):
 
 
 class AttnGate(Part):
+    """A gate for every head of every layer."""
+
     attribute = "attn_gate"
     Config = AttnGateConfig
 

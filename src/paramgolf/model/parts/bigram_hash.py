@@ -24,6 +24,8 @@ CURRENT, PREVIOUS = 36313, 27191
 
 @dataclass(frozen=True, kw_only=True)
 class BigramHashConfig:
+    """Settings of `model.parts.bigram_hash`."""
+
     __pydantic_config__ = STRICT
     buckets: Annotated[int, Field(ge=2)] = 4096  # rows; the last is kept for the first position
     dim: Annotated[int, Field(ge=1)] = 128  # columns, projected to the width of the token embedding

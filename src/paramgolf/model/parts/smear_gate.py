@@ -15,6 +15,8 @@ from paramgolf.recipe.sections import STRICT, ModelSection
 
 @dataclass(frozen=True, kw_only=True)
 class SmearGateConfig:
+    """Settings of `model.parts.smear_gate`."""
+
     __pydantic_config__ = STRICT
     init: float = 0.0  # of the gate before the sigmoid: 0 mixes half and half
 

@@ -20,6 +20,8 @@ from paramgolf.recipe.sections import STRICT, ModelSection
 
 @dataclass(frozen=True, kw_only=True)
 class SmearGate2Config:
+    """Settings of `model.parts.smear_gate2`."""
+
     __pydantic_config__ = STRICT
     window: Annotated[int, Field(ge=1)] = 12  # channels the gate reads
     bos_id: Annotated[int, Field(ge=-1)] = 1  # receives nothing from before it; -1 = no such token

@@ -22,6 +22,8 @@ from paramgolf.recipe.sections import STRICT, ModelSection
 
 @dataclass(frozen=True, kw_only=True)
 class ValueEmbedConfig:
+    """Settings of `model.parts.value_embed`."""
+
     __pydantic_config__ = STRICT
     dim: Annotated[int, Field(ge=1)] = 128  # columns of the table
     layers: tuple[int, ...] = (-2, -1)  # that use it; negative ones count from the end
@@ -29,6 +31,8 @@ class ValueEmbedConfig:
 
 
 class ValueEmbedLayer(LayerPart):
+    """One layer's factor on the embedding that its values get."""
+
     def __init__(self) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.ones(1))

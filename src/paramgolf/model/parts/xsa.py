@@ -22,11 +22,15 @@ NORM_FLOOR = 1e-12
 
 @dataclass(frozen=True, kw_only=True)
 class XSAConfig:
+    """Settings of `model.parts.xsa`."""
+
     __pydantic_config__ = STRICT
     last_layers: Annotated[int, Field(ge=0)] = 0  # the last so many layers; 0 = all
 
 
 class XSALayer(LayerPart):
+    """One layer's heads without what lies along the token's own value."""
+
     def output(
         self, y_BTHK: Tensor, v_BTGK: Tensor, q_BTHK: Tensor, n_BTD: Tensor, extras: dict[str, Tensor]
     ) -> Tensor:
@@ -37,6 +41,8 @@ class XSALayer(LayerPart):
 
 
 class XSA(Part):
+    """Exclusive attention in the last layers, or in all."""
+
     attribute = "xsa"
     Config = XSAConfig
 

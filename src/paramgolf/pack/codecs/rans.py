@@ -177,17 +177,3 @@ class RansCodec:
     def decode(self, data: bytes, specs: Sequence[CodeSpec]) -> list[np.ndarray]:
         """int8 arrays of the specs' shapes; ValueError for damaged data."""
         return decode_tensors(data, specs)
-
-
-def encode_ints(arrays: Sequence[tuple[str, np.ndarray, int]]) -> bytes:
-    """(name, int8 array, largest magnitude) each -> bytes, without row scales to lean on."""
-    tensors = []
-    for name, codes, limit in arrays:
-        spec = CodeSpec(name, codes.shape, max(2, int(limit).bit_length() + 1))
-        tensors.append(CodeTensor(spec, codes))
-    return encode_tensors(tensors)
-
-
-def decode_ints(data: bytes, shapes: Sequence[tuple[int, ...]]) -> list[np.ndarray]:
-    """int8 arrays of these shapes; ValueError for damaged data."""
-    return decode_tensors(data, [CodeSpec("", tuple(shape), 8) for shape in shapes])

@@ -77,6 +77,7 @@ def views_of(specs: Sequence[CodeSpec]) -> list[View]:
 
 
 def code_groups(coder: Bits, groups: list[Group]) -> list[Group]:
+    """The groups, at most MOST_GROUPS; ValueError for damaged data."""
     count = unsigned(coder, "groups", len(groups))
     if count > MOST_GROUPS:
         raise ValueError("the weight stream has too many groups")
@@ -121,6 +122,7 @@ def remember(sources: Sources, view: View, axis: int) -> None:
 
 
 def slices(views: list[View], parts: list[np.ndarray]) -> list[np.ndarray]:
+    """Each view's piece (rows, columns) of the flat `parts`, one of which a tensor has."""
     at = [0] * len(parts)
     out = []
     for v in views:

@@ -45,6 +45,7 @@ class Sources:
 
 
 def centred(vector: np.ndarray) -> np.ndarray:
+    """An int64 vector less its mean, rounded down."""
     return vector - int(vector.sum()) // max(len(vector), 1)
 
 
@@ -95,6 +96,7 @@ def choose(fine: np.ndarray, live: np.ndarray, sources: list[np.ndarray]) -> Pre
 
 
 def code_predictor(coder: Bits, axis: int, predictor: Predictor, sources: int) -> Predictor:
+    """A predictor over so many `sources`; ValueError for damaged data."""
     terms = []
     count = unsigned(coder, ("terms", axis), len(predictor.terms))
     if count > min(_TERMS, sources):

@@ -108,6 +108,7 @@ def symbols_of(contexts: np.ndarray, codes: np.ndarray, tables: TableSet) -> tup
 
 
 def codes_of(side: BitReader, contexts: np.ndarray, ids: np.ndarray, tables: TableSet) -> np.ndarray:
+    """int8 codes (n,) of the symbols `ids` (n,), escaped ones read from `side`; ValueError for damaged data."""
     symbol = np.arange(tables.tables.symbols)[None, :]
     value = np.clip(symbol + tables.first[:, None], -128, 127).astype(np.int16)
     value[symbol == tables.count[:, None]] = _OUTSIDE

@@ -1,0 +1,10 @@
+"""How many processors there are to share out."""
+
+from __future__ import annotations
+
+import os
+
+
+def cpu_count() -> int:
+    """Processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
