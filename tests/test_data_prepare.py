@@ -224,7 +224,7 @@ def test_a_prepared_folder_is_used_where_it_is(tmp_path: Path) -> None:
         },
     ):
         (tmp_path / "out" / "passport.json").write_text(json.dumps(passport))
-        with pytest.raises(GolfError, match=r"is not the file that passport\.json names; prepare the data again"):
+        with pytest.raises(GolfError, match=r"is not the file that passport\.json names; prepare it again"):
             prepare(SMALL, tmp_path / "out", cache=tmp_path / "cache")
 
 

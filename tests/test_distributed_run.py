@@ -14,6 +14,7 @@ import pytest
 
 from paramgolf.cli import main
 from paramgolf.data.shards import open_shard, write_shard
+from paramgolf.files import sha256_file
 from tests.run_common import TINY, Answer, losses, one_thread, prose
 
 STEPS = 10
@@ -82,6 +83,9 @@ def test_a_failing_rank_ends_all_with_its_message(data: Path, tmp_path: Path) ->
     tokens = np.array(open_shard(folder / "train_000000.bin"))
     tokens[3000:3010] = 60_000
     write_shard(folder / "train_000000.bin", tokens)
+    passport = json.loads((folder / "passport.json").read_text())
+    passport["train"]["shards"][0]["sha256"] = sha256_file(folder / "train_000000.bin")
+    (folder / "passport.json").write_text(json.dumps(passport))
     begun = time.monotonic()
     options = ["data.order=sequential", "budget.steps=100000", "--data", folder, "--out", tmp_path / "run"]
     answer = torchrun(2, *options, timeout=240.0)

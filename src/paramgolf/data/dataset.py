@@ -78,7 +78,7 @@ class Dataset:
             said[VAL_TEXT] = val.get("sha256")
         for name, expected in said.items():
             if remembered_sha256(self.root / name, cache) != expected:
-                raise GolfError(f"{self.root / name} is not the file that {PASSPORT} names; prepare the data again")
+                raise GolfError(f"{self.root / name} is not the file that {PASSPORT} names; prepare it again")
 
 
 def prepare(

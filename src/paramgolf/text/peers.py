@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import lzma
+import os
 import shutil
 import subprocess
 import tempfile
@@ -35,23 +36,31 @@ def compress_peers(text: Path, size: int) -> dict[str, dict[str, float]]:
 
 def _programs(text: Path) -> dict[str, int]:
     sizes = {}
-    seven = next(filter(None, map(shutil.which, ("7zz", "7z", "7za"))), None)
-    zpaq = shutil.which("zpaq")
+    seven, zpaq = _program("7zz", "7z", "7za"), _program("zpaq")
     with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder, "text")  # an archive holds name and date: the same ones for the same size
+        shutil.copyfile(text, copy)
+        os.utime(copy, (10**9, 10**9))
         if seven is not None:
-            line = [seven, "a", "-m0=PPMd:o=16:mem=1g", "-bso0", "-bsp0", f"{folder}/text.7z", str(text.resolve())]
+            line = [seven, "a", "-m0=PPMd:o=16:mem=1g", "-bso0", "-bsp0", "text.7z", "text"]
             sizes["7z PPMd, order 16, 1 GB"] = _size(line, Path(folder, "text.7z"))
         if zpaq is not None:
-            sizes["zpaq -m5"] = _size(
-                [zpaq, "a", f"{folder}/text.zpaq", str(text.resolve()), "-m5"], Path(folder, "text.zpaq")
-            )
+            sizes["zpaq -m5"] = _size([zpaq, "a", "text.zpaq", "text", "-m5"], Path(folder, "text.zpaq"))
     return {name: size for name, size in sizes.items() if size}
+
+
+def _program(*names: str) -> str | None:
+    """The first of them that is installed, by its absolute path."""
+    found = next(filter(None, map(shutil.which, names)), None)
+    return None if found is None else os.path.abspath(found)
 
 
 def _size(line: list[str], made: Path) -> int:
     """Bytes of the archive, 0 if the program does not make one (for want of memory, say)."""
     try:
-        done = subprocess.run(line, capture_output=True, stdin=subprocess.DEVNULL, timeout=PROGRAM_SECONDS, check=False)
+        done = subprocess.run(
+            line, cwd=made.parent, capture_output=True, stdin=subprocess.DEVNULL, timeout=PROGRAM_SECONDS, check=False
+        )
     except (OSError, subprocess.TimeoutExpired):
         return 0
     return made.stat().st_size if done.returncode == 0 and made.is_file() else 0
