@@ -199,7 +199,13 @@ def test_two_at_once_end_with_one_dataset(tmp_path: Path) -> None:
     Dataset.open(roots[0]).val_tokens()
 
 
-@pytest.mark.parametrize("passport", ["[]", "[" * 100_000, '{"train": 1}', '{"train": {"shards": []}, "val": "x"}'])
+_SIDES = '{"train": {"shards": [{"name": "a"}]}, "val": {"shards": [{"name": "b"}], "bytes": 1}, "tokenizer": '
+
+
+@pytest.mark.parametrize(
+    "passport",
+    ["[]", "[" * 100_000, '{"train": 1}', '{"train": {"shards": []}, "val": "x"}', _SIDES + "[]}", _SIDES + "{}}"],
+)
 def test_a_passport_that_is_none(tmp_path: Path, passport: str) -> None:
     (tmp_path / "passport.json").write_text(passport)
     (tmp_path / "tokenizer.model").write_bytes(train_bpe([], 260).to_bytes())

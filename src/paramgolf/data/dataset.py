@@ -56,6 +56,8 @@ class Dataset:
             text = folder / VAL_TEXT
             if not (passport["train"]["shards"] and passport["val"]["shards"]):
                 raise ValueError("it names no shards")
+            if not isinstance(passport["tokenizer"]["sha256"], str):
+                raise ValueError("its tokenizer has no hash")
             return cls(
                 root=folder,
                 tokenizer=Tokenizer.load(folder / TOKENIZER),
@@ -73,7 +75,7 @@ class Dataset:
         """GolfError unless every file is the one that the passport names. Hashes of large files are kept in `cache`."""
         train, val = self.passport["train"], self.passport["val"]
         said = {s["name"]: s.get("sha256") for s in (*train["shards"], *val["shards"], *val.get("sizes", []))}
-        said[TOKENIZER] = self.passport["tokenizer"].get("sha256")
+        said[TOKENIZER] = self.passport["tokenizer"]["sha256"]
         if self.val_text is not None:
             said[VAL_TEXT] = val.get("sha256")
         for name, expected in said.items():

@@ -69,13 +69,7 @@ class RunFolder:
 
     def passport(self) -> dict[str, Any]:
         """The passport of the data that the run trains on. GolfError where it cannot be read or is none."""
-        try:
-            passport = json.loads(self.data.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise GolfError(f"{self.data} cannot be read: {str(error)[:80]}; choose another --out") from None
-        if not isinstance(passport, dict):
-            raise GolfError(f"{self.data} is no passport of data; choose another --out")
-        return passport
+        return _table(self.data, "passport of data")
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -105,13 +99,18 @@ class RunFolder:
         """The record of a finished run, or None while there is none."""
         if not self.record.is_file():
             return None
-        try:
-            record = json.loads(self.record.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise GolfError(f"{self.record} cannot be read: {error}; choose another --out") from None
-        if not isinstance(record, dict):
-            raise GolfError(f"{self.record} is no record of a run; choose another --out")
-        return check_record(record, self.record, SHOWN)
+        return check_record(_table(self.record, "record of a run"), self.record, SHOWN)
+
+
+def _table(path: Path, what: str) -> dict[str, Any]:
+    """The JSON object in a file of a run folder; GolfError where there is none."""
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise GolfError(f"{path} cannot be read: {str(error)[:80]}; put it back or choose another run") from None
+    if not isinstance(table, dict):
+        raise GolfError(f"{path} is no {what}; put it back or choose another run")
+    return table
 
 
 def new_root(recipe: Recipe) -> Path:
