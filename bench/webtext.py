@@ -6,6 +6,7 @@ import lzma
 from pathlib import Path
 
 from bench.runs import shared
+from paramgolf.files import atomic_write
 
 TRAIN = "webtext_train_00.txt.xz"
 HELD = "webtext_train_03.txt.xz"  # another piece of the same mix: its first documents are the tuning split
@@ -23,10 +24,11 @@ def val_text() -> str:
 
 
 def tuning_split(folder: Path) -> str:
-    """About a megabyte of training text that `train_text` does not hold, as a file in `folder`."""
+    """Half a megabyte of training text that `train_text` does not hold, as a file in `folder`."""
     path = folder / "webtext_tuning_split.txt"
     if not path.exists():
         with lzma.open(shared("data", HELD)) as stream:
             head = stream.read(SPLIT_BYTES)
-        path.write_bytes(head[: head.rindex(SEPARATOR)] + b"\n")
+        folder.mkdir(parents=True, exist_ok=True)
+        atomic_write(path, head[: head.rindex(SEPARATOR)] + b"\n")
     return str(path)

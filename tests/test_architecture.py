@@ -13,7 +13,14 @@ ROOT = Path(paramgolf.__file__).parent
 
 # A module may import modules of its own layer and of those above it in this list. The first prefix that fits decides.
 LAYERS = [
-    ("paramgolf.errors", "paramgolf.registry", "paramgolf.files", "paramgolf.processors", "paramgolf.recipe"),
+    (
+        "paramgolf.errors",
+        "paramgolf.registry",
+        "paramgolf.files",
+        "paramgolf.processors",
+        "paramgolf.recipe",
+        "paramgolf.strict_json",
+    ),
     ("paramgolf.data", "paramgolf.dist", "paramgolf.quant.grid"),
     ("paramgolf.model",),
     ("paramgolf.optim",),

@@ -92,6 +92,15 @@ def test_compressed_files(tmp_path: Path, suffix: str, pack: object) -> None:
         read(path)
 
 
+@pytest.mark.parametrize(("suffix", "pack"), [(".gz", gzip.compress), (".xz", lzma.compress), (".bz2", bz2.compress)])
+def test_a_changed_byte_of_a_file_that_carries_sums(tmp_path: Path, suffix: str, pack: object) -> None:
+    data = pack(b"hello " * 100)  # type: ignore[operator]
+    path = tmp_path / f"a.txt{suffix}"
+    path.write_bytes(data[:-6] + bytes([data[-6] ^ 255]) + data[-5:])
+    with pytest.raises(GolfError, match=r"a\.txt\..*damaged compressed file.*make it again"):
+        read(path)
+
+
 def test_jsonl(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "one\\nline"}\n\n{"text": "two\\u001e\\nthree", "x": 1}\n{"text": ""}\n{"text": null}\n')

@@ -68,9 +68,11 @@ def test_a_damaged_index_is_made_anew(root: Path, damage: bytes) -> None:
 def test_bad_records_are_named_and_the_rest_is_listed(root: Path) -> None:
     (root / "pocket-1" / "record.json").write_text("{")
     write_run(root / "pocket-2", format=FORMAT + 1)
+    write_run(root / "pocket-nan", val_bpb=float("nan"))
     runs, problems = index_runs(root)
     assert len(runs) == 2
     assert any("not valid JSON" in line for line in problems) and any("update paramgolf" in line for line in problems)
+    assert any("not valid JSON (the number NaN)" in line for line in problems)
 
 
 def test_names_that_are_no_utf8_are_listed(root: Path) -> None:

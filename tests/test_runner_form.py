@@ -113,7 +113,8 @@ def test_what_is_wrong_is_named(finished: Path, tmp_path: Path, capfd: pytest.Ca
     record = json.loads((finished / "record.json").read_text())
     for number, (key, new, words) in enumerate([
         ("seconds", {"train": "long"}, "seconds.train: input should be a valid number"),
-        ("val_bpb", float("nan"), "val_bpb: input should be less"),
+        ("val_bpb", 1e300, "val_bpb: input should be less"),
+        ("val_bpb", float("nan"), "not valid JSON (the number NaN)"),
         ("seconds", {"train": 1.0}, "seconds: input should have 'strict'"),
         ("recipe", GONE, "has no 'recipe'"),
         ("stride", GONE, "has no 'stride'"),

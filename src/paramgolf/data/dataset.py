@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from paramgolf import strict_json
 from paramgolf.data import build, official, sources
 from paramgolf.data.build import PASSPORT, TOKENIZER, VAL_TEXT, Progress
 from paramgolf.data.cache import remembered_sha256
@@ -52,7 +52,7 @@ class Dataset:
         """A folder made by `prepare`."""
         folder = Path(folder)
         try:
-            passport = json.loads((folder / PASSPORT).read_text(encoding="utf-8"))
+            passport = strict_json.loads((folder / PASSPORT).read_text(encoding="utf-8"))
             text = folder / VAL_TEXT
             if not (passport["train"]["shards"] and passport["val"]["shards"]):
                 raise ValueError("it names no shards")

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from paramgolf.data.cache import remembered_sha256
-from paramgolf.data.shards import check_ids, open_shard, read_header
+from paramgolf.data.shards import check_ids, is_shard, open_shard, read_header
+from paramgolf.data.sources import kind_of
 from paramgolf.data.tokenizer import Tokenizer
 from paramgolf.errors import GolfError
 from paramgolf.files import user_path
@@ -32,7 +33,11 @@ class Shards:
 
 
 def has_shards(folder: Path) -> bool:
-    return any(folder.glob("*.bin"))
+    """Whether a folder is one of token shards. A .bin among texts may be anything: there its first word decides."""
+    paths = list(folder.glob("*.bin"))
+    return any(is_shard(path) for path in paths) or (
+        bool(paths) and not any(kind_of(path) for path in folder.iterdir())
+    )
 
 
 def shard_files(folder: Path) -> tuple[list[Path], list[Path]]:

@@ -25,6 +25,15 @@ def header(count: int) -> bytes:
     return words.tobytes()
 
 
+def is_shard(path: Path) -> bool:
+    """Whether a file begins as a shard does; False for one that cannot be read."""
+    try:
+        with path.open("rb") as stream:
+            return stream.read(4) == header(0)[:4]
+    except OSError:
+        return False
+
+
 def read_header(path: str | Path) -> int:
     """The token count a shard states, after checking magic, version and the exact file size (GolfError otherwise)."""
     path = Path(path)

@@ -83,10 +83,12 @@ def _reading(what: str) -> Iterator[None]:
     """Inside, a file that cannot be read or unpacked is a GolfError."""
     try:
         yield
-    except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile) as error:
+    except (EOFError, lzma.LZMAError, zlib.error) as error:
         raise GolfError(f"{what}: damaged compressed file ({error}); make it again") from error
     except OSError as error:
-        raise GolfError(f"cannot read {what}: {error.strerror or error}") from error
+        if error.errno is None:  # what bz2 and gzip raise for data that they cannot unpack
+            raise GolfError(f"{what}: damaged compressed file ({error}); make it again") from error
+        raise GolfError(f"cannot read {what}: {error.strerror}") from error
 
 
 def kind_of(path: Path) -> str | None:

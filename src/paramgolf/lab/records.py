@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from paramgolf import strict_json
 from paramgolf.errors import GolfError
 from paramgolf.recipe.load import check_depth
 from paramgolf.runner.folder import RunFolder
@@ -32,7 +33,7 @@ def parse_record(data: bytes, where: Path) -> dict[str, Any]:
     if len(data) > MAX_RECORD:
         raise GolfError(f"{where}: {len(data):,} bytes is no record; give the folder of a run")
     try:
-        record = json.loads(data)
+        record = strict_json.loads(data)
     except (ValueError, RecursionError) as error:
         raise GolfError(f"{where} is not valid JSON ({str(error)[:80]}); get the file again") from None
     if not isinstance(record, dict) or type(record.get("format")) is not int:

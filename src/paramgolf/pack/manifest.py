@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from paramgolf import strict_json
 from paramgolf.errors import GolfError
 from paramgolf.pack.stored import PLAIN_DTYPES, TensorSpec
 from paramgolf.pack.wire import Reader, varint
@@ -189,7 +190,7 @@ def decode_manifest(reader: Reader) -> dict[str, Any]:
         raise reader.fault("a manifest of the wrong length")
     try:
         _check_depth(text)
-        manifest = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
+        manifest = strict_json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise reader.fault(f"a manifest that is not plain JSON ({error})") from error
     _check(isinstance(manifest, dict), "top level")
@@ -209,14 +210,3 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(table) != len(pairs):
         raise ValueError("a key twice")
     return table
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"the number {name}")
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if value - value != 0:
-        raise ValueError(f"the number {text[:20]}")
-    return value

@@ -13,6 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from paramgolf import strict_json
 from paramgolf.errors import GolfError
 from paramgolf.files import atomic_write
 from paramgolf.recipe.load import load_recipe, to_table, to_toml
@@ -105,7 +106,7 @@ class RunFolder:
 def _table(path: Path, what: str) -> dict[str, Any]:
     """The JSON object in a file of a run folder; GolfError where there is none."""
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
+        table = strict_json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise GolfError(f"{path} cannot be read: {str(error)[:80]}; put it back or choose another run") from None
     if not isinstance(table, dict):

@@ -18,6 +18,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from paramgolf import strict_json
 from paramgolf.errors import GolfError
 from paramgolf.model.cache import KVCache
 from paramgolf.model.gpt import GPT
@@ -140,7 +141,7 @@ def decode_adapted(
 
 def _settings(reader: Reader) -> TttSection:
     try:
-        said = json.loads(reader.take(reader.varint(MAX_SETTINGS)))
+        said = strict_json.loads(reader.take(reader.varint(MAX_SETTINGS)))
     except (ValueError, RecursionError) as error:
         raise reader.fault("settings that are not JSON") from error
     section, _ = settings_of({"ttt": said})
