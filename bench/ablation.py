@@ -205,15 +205,16 @@ def planned_bytes(recipe: str, overrides: tuple[str, ...]) -> int:
 
 def table(series: Series, results: Results, components: list[Component]) -> str:
     """A Markdown table, a line a component."""
-    settings = results.settings() or [[]]
+    settings = [s for s in results.settings() if any(measured(c, results, s) for c in components)] or [[]]
     names = [", ".join(["BPB", *_words(setting)]) for setting in settings]
     head = ["component", "what it is; source", "keys", *names, "with the cache", "ms a step", "bytes"]
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     for component in components:
         found = [measured(component, results, setting) for setting in settings]
         last = next((m for m in reversed(found) if m is not None), None)
+        none = NOT_YET if last is None else ""
         size = planned_bytes(series.recipe, series.common + component.set) - planned_bytes(series.recipe, series.common)
-        cells = [component.name, component.what, _keys(component), *(_difference(m) for m in found)]
+        cells = [component.name, component.what, _keys(component), *(_difference(m, none) for m in found)]
         cells.append("" if last is None or last.cached is None else f"{last.cached:+.4f}")
         cells.append("" if last is None or last.step_ms is None else f"{last.step_ms:+.1f}")
         cells.append(f"{size:+,}" if size else "0" if component.score == MODEL else "")
@@ -231,9 +232,9 @@ def _keys(component: Component) -> str:
     return "<br>".join(f"`{word}`" for word in component.set) or "(in pocket)"
 
 
-def _difference(found: Measured | None) -> str:
+def _difference(found: Measured | None, none: str) -> str:
     if found is None:
-        return NOT_YET
+        return none
     if found.low is None or found.high is None:
         return f"{found.difference:+.4f} ({found.seeds} seed{'s' * (found.seeds > 1)})"
     return f"{found.difference:+.4f} ({found.low:+.4f} to {found.high:+.4f})"
