@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bench.sequential import found_and_used
 from paramgolf.errors import GolfError
 from paramgolf.lab.compare import Group, open_groups
 from paramgolf.lab.compare_text import compare_text
@@ -22,25 +23,15 @@ from tests.run_common import error_line, golf_here
 scipy_stats = pytest.importorskip("scipy.stats")
 
 
-def simulate(most: int, alpha: float, effect: float, count: int, seed: int) -> tuple[float, float]:
-    """(share of comparisons that end in "better", mean number of runs used) over `count` simulated comparisons whose
-    true improvement lies `effect` deviations above the margin."""
-    x = np.random.default_rng(seed).standard_normal((count, most)) + effect
-    crossed = t_statistics(x) >= np.array(boundaries(most, alpha))
-    ended = crossed.any(axis=1)
-    used = np.where(ended, crossed.argmax(axis=1) + 2, most)
-    return float(ended.mean()), float(used.mean())
-
-
 @pytest.mark.parametrize("most", [3, 5, 8, 12, 30])
 @pytest.mark.parametrize("alpha", [0.05, 0.01])
 def test_false_positives_over_all_looks(most: int, alpha: float) -> None:
     """2,000 comparisons whose truth is the margin; the seed is another than that of the boundaries."""
-    found, _ = simulate(most, alpha, 0.0, 2000, seed=5)
+    found, _ = found_and_used(most, alpha, 0.0, 2000, seed=5)
     assert 0 < found <= alpha + 2 * math.sqrt(alpha * (1 - alpha) / 2000)
-    more, _ = simulate(most, alpha, 0.0, 100_000, seed=6)
+    more, _ = found_and_used(most, alpha, 0.0, 100_000, seed=6)
     assert more == pytest.approx(alpha, rel=0.12)  # and it is not wasted either
-    worse, _ = simulate(most, alpha, -0.3, 2000, seed=7)
+    worse, _ = found_and_used(most, alpha, -0.3, 2000, seed=7)
     assert worse <= found
 
 
@@ -53,7 +44,7 @@ def test_looking_without_correction_would_err_often() -> None:
 
 
 def test_it_stops_early_and_finds_nearly_as_much_as_one_look_at_the_end() -> None:
-    found, used = simulate(10, 0.01, 2.0, 20_000, seed=3)
+    found, used = found_and_used(10, 0.01, 2.0, 20_000, seed=3)
     at_the_end = 1 - scipy_stats.nct.cdf(scipy_stats.t.isf(0.01, 9), 9, 2.0 * math.sqrt(10))
     assert found > 0.95 * at_the_end
     assert used < 7

@@ -10,20 +10,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bench import text_coder
 from paramgolf.errors import CheckFailed, GolfError
 from paramgolf.score import coder, grid, rans
 
-VOCAB = 1024
+VOCAB = text_coder.VOCAB
 
 
-@functools.cache
-def text_like(count: int, seed: int, vocab: int = VOCAB) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
-    """(logits (n, V), tokens (n,) drawn from them, log-odds (n, depth)): 5.7 bits a token, some nearly certain."""
-    generator = torch.Generator().manual_seed(seed)
-    logits = 2.0 * torch.randn(count, vocab, generator=generator) - torch.log(torch.arange(1.0, vocab + 1))
-    logits[::5, vocab // 3] += 14.0
-    tokens = torch.multinomial(torch.softmax(logits, -1), 1, generator=generator)[:, 0]
-    return logits, tokens.numpy(), coder.path_log_odds(logits, tokens)
+text_like = functools.cache(text_coder.text_like)
 
 
 def encode(
@@ -102,8 +96,7 @@ def test_noise_beyond_the_tolerance_is_noticed() -> None:
 def test_size_is_close_to_the_ideal(tolerance: float, allowed: float) -> None:
     lengths = [2000] * 4
     data, logits, tokens = encode(tolerance, lengths, seed=9)
-    picked = torch.log_softmax(logits.double(), -1).gather(1, torch.from_numpy(tokens)[:, None])
-    ideal = -picked.sum().item() / np.log(2) / 8
+    ideal = text_coder.ideal_bits(logits, tokens) / 8
     fixed = 20 + 2 * len(lengths)  # what does not grow with the text
     assert len(data) - fixed <= ideal * (1 + allowed)
     assert len(data) >= ideal * 0.999
