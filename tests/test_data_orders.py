@@ -121,6 +121,17 @@ def test_packed_rows_are_long_and_in_document_order() -> None:
     assert (steps[inside] == 1).float().mean() > 0.95  # but where the shard ends
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_longer_rows_in_the_middle_of_an_epoch_of_packed_ones(seed: int) -> None:
+    """A cut may leave no long row on either side: then the epoch is one piece, where it was two before."""
+    one = Loader(shards(2600), seq_len=32, batch_tokens=8 * 256, order="packed", seed=seed)
+    for _ in range(4):
+        one.next_batch()
+    one.set_shape(32, 8 * 2048)
+    for _ in range(9):
+        assert one.next_batch()[0].shape[1] == 2048
+
+
 def test_orders_by_shard_refuse_what_is_too_small() -> None:
     for order in ("coprime", "shuffled_shards"):
         with pytest.raises(GolfError, match=f"data.order={order}"):

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paramgolf.errors import GolfError
+from paramgolf.files import sha256_file
 from paramgolf.pack import manifest as manifests
 from paramgolf.pack.container import (
     DIGEST_BYTES,
@@ -27,6 +28,7 @@ from paramgolf.pack.container import (
 from paramgolf.pack.ledger import attribute, group_of
 from paramgolf.pack.stored import StoredTensor, TensorSpec
 from paramgolf.pack.wire import varint
+from paramgolf.runner.summary import artifact_facts, inspect_text
 
 MANIFEST = {"format": "paramgolf", "name": "tiny", "vocab_size": 64, "model": {"dim": 16, "qk_gain": 1.5, "parts": {}}}
 
@@ -294,3 +296,17 @@ def test_tensor_table_round_trip(table: dict[str, tuple[tuple[int, ...], str]]) 
     specs = [TensorSpec(n, shape, store, 6 if store == "q" else 0) for n, (shape, store) in table.items()]
     specs = [specs[i] for i in manifests.canonical_order(specs)]
     assert manifests.parse_rows(manifests.table_rows(specs), manifests.stores_of(specs)) == specs
+
+
+def test_what_a_file_says_of_itself_never_replaces_what_is_measured(tmp_path: Path) -> None:
+    path = tmp_path / "model.golf"
+    claims = {"model": {"dim": 16}, "sha256": "0" * 64, "bytes": 7, "path": "official/model.golf", "ledger": {"x": 1}}
+    path.write_bytes(encode_artifact(Artifact(claims, tensors(), b"tokenizer bytes", {})).data)
+    facts = artifact_facts(path)
+    size = path.stat().st_size
+    assert (facts["path"], facts["bytes"], facts["sha256"]) == (str(path), size, sha256_file(path))
+    assert sum(facts["ledger"].values()) == size
+    assert "official" not in inspect_text(facts)
+    path.write_bytes(encode_artifact(Artifact({"model": 3}, tensors(), b"tokenizer bytes", {})).data)
+    with pytest.raises(GolfError, match="says nothing of a model"):
+        artifact_facts(path)

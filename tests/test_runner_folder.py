@@ -16,6 +16,7 @@ from paramgolf.runner import doctor
 from paramgolf.runner.environment import archive_source, read_source, sources_sha256
 from paramgolf.runner.folder import RunFolder, claim
 from paramgolf.runner.record import canonical, plain
+from tests.run_common import TINY, error_line, golf_here
 
 NOT_UTF8 = "caf\udce9"  # the file name b"caf\xe9" as Python has it
 
@@ -69,6 +70,18 @@ def test_a_lock_speaks_of_other_processes_only_where_there_are_some(tmp_path: Pa
         with pytest.raises(GolfError, match="another process"), RunFolder(tmp_path).locked():
             pass
         raise BlockingIOError("mine")
+
+
+def test_a_refused_resume_leaves_the_files_of_the_run_at_work(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    claim(out, load_recipe("pocket", TINY), resume=False, note=print)
+    half = out / ".model.golf.abcdefgh.tmp"
+    half.write_bytes(b"half")
+    with RunFolder(out).locked():
+        assert "another process" in error_line(golf_here(capfd, "run", "pocket", *TINY, "--out", out, "--resume"))
+        assert half.exists()
 
 
 @pytest.mark.parametrize("text", ["[]", "[" * 100_000, "{", "1"])

@@ -22,6 +22,7 @@ from paramgolf.score import sample
 from tests.run_common import error_line, golf_here
 
 TEXT = [("the cat sat on the mat, naïve café \U0001f600 and the dog ran after the cat " * 8).encode()]
+PROMPT = [5]  # what a text goes on from, where it does not matter what
 
 
 @pytest.fixture(scope="module")
@@ -73,24 +74,32 @@ def test_a_prompt_longer_than_the_context(model: GPT, tokenizer: Tokenizer) -> N
 def test_pieces_are_whole_characters(model: GPT, tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("\U0001f600 naïve \u2581 x").tolist()
     byte_ids = [i for raw in "€".encode() for i in tokenizer.encode(bytes([raw])).tolist()]
-    pieces = list(sample._text(iter(ids + byte_ids), tokenizer, True, []))
+    pieces = list(sample._text(iter(ids + byte_ids), tokenizer, PROMPT, []))
     assert "".join(pieces) == "\U0001f600 naïve \u2581 x€" and not any("\ufffd" in piece for piece in pieces)
-    cut = list(sample._text(iter(byte_ids[:2]), tokenizer, True, []))
+    cut = list(sample._text(iter(byte_ids[:2]), tokenizer, PROMPT, []))
     assert "".join(cut) == "\ufffd"  # an unfinished character at the end is shown as such
+
+
+def test_capitals_that_a_prompt_leaves_open_go_on() -> None:
+    cased = bpe.train_bpe([b"HELLO hello World the WORLD says hello"] * 9, 300, case_operators=True)
+    ids = cased.encode("HELLO WORLD").tolist()
+    for cut in range(1, len(ids)):
+        told = "".join(sample._text(iter(ids[cut:]), cased, ids[:cut], []))
+        assert cased.decode(ids[:cut]).decode() + told == "HELLO WORLD"
 
 
 def test_stop_strings_never_show(model: GPT, tokenizer: Tokenizer) -> None:
     for stop in ("dog ran", "mat,", "g"):
         ids = tokenizer.encode("on the mat, and the dog ran away").tolist()
-        pieces = list(sample._text(iter(ids), tokenizer, True, [stop, "zzz"]))
+        pieces = list(sample._text(iter(ids), tokenizer, PROMPT, [stop, "zzz"]))
         assert "".join(pieces) == "on the mat, and the dog ran away".split(stop)[0]
-    held = list(sample._text(iter(tokenizer.encode("the do").tolist()), tokenizer, True, ["dog"]))
+    held = list(sample._text(iter(tokenizer.encode("the do").tolist()), tokenizer, PROMPT, ["dog"]))
     assert "".join(held) == "the do"  # what only looked like the beginning of a stop string comes at the end
 
 
 def test_a_new_document_ends_the_text(model: GPT, tokenizer: Tokenizer) -> None:
     ids = [*tokenizer.encode("the cat").tolist(), tokenizer.bos_id, *tokenizer.encode("dog").tolist()]
-    assert "".join(sample._text(iter(ids), tokenizer, True, [])) == "the cat"
+    assert "".join(sample._text(iter(ids), tokenizer, PROMPT, [])) == "the cat"
 
 
 def test_pick_respects_its_limits() -> None:
@@ -107,7 +116,13 @@ def test_pick_respects_its_limits() -> None:
     )
 
 
-@pytest.mark.parametrize("bad", [{"temperature": -1}, {"top_p": 0}, {"top_p": 1.5}, {"max_tokens": -1}, {"stop": [""]}])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"temperature": -1}, {"temperature": float("nan")}, {"top_p": 0}, {"top_p": 1.5}, {"max_tokens": -1},
+        {"stop": [""]}, {"seed": -1},
+    ],
+)  # fmt: skip
 def test_bad_settings_are_refused(model: GPT, tokenizer: Tokenizer, bad: dict[str, Any]) -> None:
     with pytest.raises(GolfError):
         sampled(model, tokenizer, **bad)
@@ -133,6 +148,13 @@ def test_load_score_nll_sample(artifact: Path, tmp_path: Path) -> None:
     file = tmp_path / "text.txt"
     file.write_text(text)
     assert loaded.score(file).val_bpb == result.val_bpb
+    for ids in (np.array([1, 300]), np.array([-1, 4]), np.array([0.5, 1.0]), np.array([[1, 2], [3, 4]])):
+        with pytest.raises(GolfError, match="ids, integers from 0 to 299"):
+            loaded.nll(ids)
+    with pytest.raises(GolfError, match="the prompt is no text at character 2"):
+        loaded.sample("a \ud800")
+    with pytest.raises(GolfError, match="check the path"):
+        paramgolf.load("a\0b")
     told = loaded.score_data(str(file))
     assert told["val_bpb"] == result.val_bpb and told["stride"] == 8 and "val_bpb_sliding" in told
     assert told["val_bpb_sliding"] == pytest.approx(loaded.score(text, stride=8).val_bpb)

@@ -283,5 +283,9 @@ def test_the_tilt_alone_on_the_windows_of_the_score() -> None:
     assert result.val_loss == pytest.approx(plain.val_loss, abs=1e-5)
     keys = result.as_dict()
     assert keys["val_bpb_tilt"] < result.val_bpb - 0.1 and "ttt" not in keys
+    cut = {"token_bytes": OneByteEach(), "seq_len": SEQ, "lane_count": 2}
+    assert score_adapted(model, tokens, TttSection(), tilt, **cut).val_loss == pytest.approx(
+        score(model, tokens, **cut).val_loss, abs=1e-5
+    )
     both = score_adapted(model, tokens, TttSection(**LORA), tilt, token_bytes=OneByteEach(), seq_len=SEQ).as_dict()
     assert both["val_bpb_ttt_tilt"] < both["val_bpb_ttt"] and both["ttt"] == "lora"

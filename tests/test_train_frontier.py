@@ -17,14 +17,15 @@ from paramgolf.errors import GolfError
 from paramgolf.model.documents import BOS_ID
 from paramgolf.model.gpt import GPT
 from paramgolf.optim.schedule import decay_mul, loop_passes
+from paramgolf.pack.packer import load_model, pack_model
 from paramgolf.recipe.sections import ScheduleSection
 from paramgolf.runner.run import check
 from paramgolf.train.callbacks import Callback
-from paramgolf.train.modes import ModeSwitch
+from paramgolf.train.modes import ModeSwitch, check_documents
 from paramgolf.train.signals import Interrupted
 from tests.run_common import losses
 from tests.test_train_resume import At
-from tests.train_common import QUANT, make_dataset, run_child, same, spawn_ranks, tiny, train, weights
+from tests.train_common import QUANT, VOCAB, make_dataset, run_child, same, spawn_ranks, tiny, train, weights
 
 EVERYTHING: dict[str, Any] = {
     "data": {"order": "packed"},
@@ -118,6 +119,18 @@ def test_resumed_in_the_middle_is_the_same(dataset: Dataset, tmp_path: Path, cha
     assert same(weights(resumed), weights(straight))
 
 
+def test_resumed_in_the_phase_after_training_is_the_same(dataset: Dataset, tmp_path: Path) -> None:
+    """That phase goes by the modes at the end of training: packed rows cut at the last length, quantisation on. Clipped
+    grids show it: rounding what is rounded already moves their weights again."""
+    clipped = EVERYTHING["quant"] | {"grids": {"int6": {"bits": 6, "clip": "sdclip", "clip_value": 2.0}}}
+    recipe = tiny(**with_(quant=clipped))
+    straight = train(recipe, dataset, tmp_path / "straight")
+    assert straight.result.post_qat is not None and straight.result.post_qat["steps"] > 1
+    with pytest.raises(Interrupted, match="in post-training QAT"):
+        train(recipe, dataset, tmp_path / "run", callbacks=[At(9, signal.SIGTERM)])
+    assert same(weights(train(recipe, dataset, tmp_path / "run", resume=True)), weights(straight))
+
+
 @pytest.mark.parametrize("changes", OTHERS, ids=OTHER_NAMES)
 def test_two_processes_equal_one(dataset: Dataset, tmp_path: Path, changes: dict[str, Any]) -> None:
     recipe = tiny(**with_(**changes))
@@ -147,6 +160,31 @@ def test_packed_rows_need_document_masks() -> None:
         check(recipe)  # before any data is read
     with pytest.raises(GolfError, match=r"model\.document_mask=true"):
         ModeSwitch(GPT(recipe.model, 384), recipe)
+
+
+def test_documents_that_begin_with_another_token_are_refused() -> None:
+    masked = {"model": {"document_mask": True}}
+    for changes, words in (
+        (masked, r"model\.document_mask=true .* begins them with 2"),
+        (masked | {"data": {"order": "packed"}}, r"data\.order=packed"),
+        ({"model": {"parts": {"smear_gate2": {}}}}, r"smear_gate2: .* set its bos_id=2"),
+    ):
+        check_documents(tiny(**changes), 1)
+        with pytest.raises(GolfError, match=words):
+            check_documents(tiny(**changes), 2)
+    check_documents(tiny(model={"parts": {"smear_gate2": {"bos_id": 2}}}), 2)
+    check_documents(tiny(), 2)
+
+
+def test_positions_are_those_of_the_last_stage_however_long_the_windows_of_a_score(
+    dataset: Dataset, tmp_path: Path
+) -> None:
+    stages = [{"at": 0.5, "seq_len": 64}]
+    recipe = tiny(model={"rope_ref_len": 16}, stages=stages, budget={"steps": 2, "bytes": 0}, quant=QUANT)
+    trained = train(recipe, dataset, tmp_path / "run").model
+    pack_model(trained.state_dict(), recipe, b"", tmp_path / "model.golf", VOCAB)
+    read = load_model(tmp_path / "model.golf").model
+    assert read.context_len == trained.context_len == 64
 
 
 def test_a_stage_longer_than_a_step_is_refused_before_data_is_read() -> None:

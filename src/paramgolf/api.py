@@ -118,7 +118,7 @@ class LanguageModel:
             results |= score_adapted(
                 self.model, tokens, section, tilt, token_bytes=self.tokenizer.token_bytes, true_bytes=true_bytes,
                 seq_len=seq_len or self.seq_len, stride=stride, batch_tokens=self._batch_tokens,
-                bos_id=self.tokenizer.bos_id, progress=progress,
+                lane_count=self.lanes, bos_id=self.tokenizer.bos_id, progress=progress,
             ).as_dict()  # fmt: skip
         if check_legality:
             found = check_all(
@@ -135,6 +135,8 @@ class LanguageModel:
         ids = text if isinstance(text, np.ndarray) else self.tokenizer.encode_documents([_as_bytes(text)])
         if len(ids) < 2:
             return np.zeros(0, np.float32)
+        if ids.ndim != 1 or ids.dtype.kind not in "iu" or not 0 <= ids.min() <= ids.max() < self.tokenizer.vocab_size:
+            raise GolfError(f"tokens must be a row of ids, integers from 0 to {self.tokenizer.vocab_size - 1}")
         result = scorer.score(
             self.model, ids, token_bytes=scorer.OneByteEach(), seq_len=seq_len or self.seq_len, stride=stride,
             batch_tokens=self._batch_tokens, keep_nll=True,

@@ -291,7 +291,9 @@ class Packed:
         return np.array(starts, np.int64), replace(place, epoch=epoch, part=part, position=position)
 
     def moved(self, place: Place, before: Place) -> Place:
-        return place
+        """Where rows of another length leave an epoch fewer pieces than were read already, the next epoch begins."""
+        left = place.part < len(self._pieces(place.epoch))
+        return place if left else replace(place, epoch=place.epoch + 1, part=0, position=0)
 
     def _pieces(self, epoch: int) -> list[Piece]:
         """What an epoch reads, in order."""

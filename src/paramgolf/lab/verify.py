@@ -256,7 +256,7 @@ def _measure(record: dict[str, Any], folder: RunFolder, dataset: Dataset) -> dic
         results |= score_adapted(
             loaded.model, tokens, recipe.ttt, recipe.tilt, token_bytes=tokenizer.token_bytes,
             true_bytes=dataset.val_bytes, seq_len=record["eval_seq_len"], stride=recipe.score.stride,
-            batch_tokens=recipe.score.batch_tokens, bos_id=tokenizer.bos_id,
+            batch_tokens=recipe.score.batch_tokens, lane_count=record["lanes"], bos_id=tokenizer.bos_id,
         ).as_dict()  # fmt: skip
     return results
 

@@ -111,8 +111,9 @@ def read_artifact(path: str | Path) -> Artifact:
         if size > MAX_FILE:
             raise GolfError(f"{path}: {size} bytes is no artifact; at most {MAX_FILE}")
         data = Path(path).read_bytes()
-    except OSError as error:
-        raise GolfError(f"cannot read {path}: {error.strerror or error}; check the path") from error
+    except (OSError, ValueError) as error:  # ValueError: a path with a zero in it
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise GolfError(f"cannot read {path}: {reason}; check the path") from error
     return decode_artifact(data, str(path))
 
 

@@ -86,6 +86,23 @@ def _salient(
     return awq.most_salient(state, hessians, names, section.awq_columns)
 
 
+def check_added(section: QuantSection, specs: Iterable[TensorSpec]) -> None:
+    """GolfError for salient columns that no matrix of `specs` is wide enough for, and for a grid named like one that
+    columns or corrections bring along."""
+    own = set(lqer.GRIDS) if section.lqer_tensors else set()
+    if section.awq_columns:
+        awq.check(section.method)
+        own.add(awq.STORE)
+        widest = max((s.shape[1] for s in specs if len(s.shape) == 2 and 0 < s.bits < awq.BITS), default=0)
+        if widest <= section.awq_columns:
+            raise GolfError(
+                f"quant.awq_columns={section.awq_columns} is no part of a matrix: of those with fewer than {awq.BITS} "
+                f"bits the widest has {widest} columns; lower it, or set 0 for none"
+            )
+    if taken := sorted(own & set(section.grids)):
+        raise GolfError(f"quant.grids.{taken[0]}: the file has a grid of its own by that name; use another one")
+
+
 def _kept(name: str, weight: Tensor, dtype: str) -> StoredTensor:
     if dtype not in PLAIN_DTYPES:
         raise GolfError(f"tensor {name}: type {dtype} cannot be stored; known: {', '.join(PLAIN_DTYPES)}")

@@ -44,9 +44,9 @@ def recipe_names() -> list[str]:
     return sorted(p.name.removesuffix(".toml") for p in folder.iterdir() if p.name.endswith(".toml"))
 
 
-def load_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe:
+def load_recipe(name: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """The recipe called `name` (or the TOML file at that path) with overrides like `model.dim=256` applied."""
-    return resolve(name, overrides).recipe
+    return resolve(str(name), overrides).recipe
 
 
 def resolve(name: str, overrides: Iterable[str] = ()) -> Resolved:

@@ -59,7 +59,8 @@ class ModelSection:
     rope_base: Annotated[float, Field(gt=0)] = 10_000.0
     rope_dims: Count = 0  # rotated channels of a head, the first ones; 0 = all
     rope_ref_len: Count = 0  # > 0: longer inputs stretch the base by (T / ref)^(d / (d - 2)) (PR 114: 1024)
-    qk_gain: float = 1.5  # initial gain on the normalised queries, one learned value a head
+    # initial gain on the normalised queries, one learned value a head
+    qk_gain: Annotated[float, Field(ge=-1e6, le=1e6)] = 1.5
     logit_softcap: NonNegative = 30.0  # 0 = none
     tie_embeddings: bool = True
     embed_init_std: Annotated[float, Field(gt=0)] = 0.005
@@ -318,7 +319,8 @@ class BudgetSection:
 
 @dataclass(frozen=True, kw_only=True)
 class StageSection:
-    """What changes at a point of the run: from `at` (fraction of the budget) on, the set keys hold."""
+    """What changes at a point of the run: from `at` (fraction of the budget) on, the sizes that are set hold; `lr_mul`
+    is of this stage alone."""
 
     __pydantic_config__ = STRICT
     at: Fraction = 0.0
@@ -349,3 +351,11 @@ class Recipe:
     ngram: NgramSection = field(default_factory=NgramSection)
     budget: BudgetSection = field(default_factory=BudgetSection)
     stages: tuple[StageSection, ...] = ()
+
+
+def trained_seq_len(recipe: Recipe) -> int:
+    """Tokens of context at the end of training: what positions are made for and what calibration reads."""
+    if not recipe.stages:
+        return recipe.train.seq_len
+    ordered = sorted(recipe.stages, key=lambda stage: stage.at)
+    return next((stage.seq_len for stage in reversed(ordered) if stage.seq_len), recipe.train.seq_len)

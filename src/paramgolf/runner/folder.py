@@ -96,6 +96,11 @@ class RunFolder:
             with contextlib.suppress(OSError):  # not there, or with something of the user's in it
                 folder.rmdir()
 
+    def clear(self) -> None:
+        """Remove halves of files that a killed run left; to be called under the lock."""
+        for stray in self.root.glob(".*.tmp"):
+            stray.unlink(missing_ok=True)
+
     def read_record(self) -> dict[str, Any] | None:
         """The record of a finished run, or None while there is none."""
         if not self.record.is_file():
@@ -172,8 +177,6 @@ def _open(root: Path, recipe: Recipe, toml: bytes, *, resume: bool) -> Recipe:
     changed = _differences(before, recipe)
     if changed:
         raise GolfError(f"--resume: {', '.join(changed)} differ from {saved}; resume with the recipe of the run")
-    for stray in root.glob(".*.tmp"):  # half a file that a killed run left
-        stray.unlink(missing_ok=True)
     return recipe if recipe.data.train else before
 
 

@@ -33,7 +33,7 @@ from paramgolf.pack.solver import CapTooSmall
 from paramgolf.quant.hessian import collect, training_loss, training_rows
 from paramgolf.quant.registry import QUANTIZERS
 from paramgolf.recipe.load import load_recipe, to_table
-from paramgolf.recipe.sections import Recipe
+from paramgolf.recipe.sections import Recipe, trained_seq_len
 from paramgolf.runner.folder import RunFolder
 from paramgolf.runner.phases import Phases
 from paramgolf.runner.reserve import calibrates
@@ -144,7 +144,7 @@ class Packing:
             return self.moments
         with self._timed("calibrate"), self.phases.of("calibrating on training text") as progress:
             return collect(
-                self.model, self.shards, seq_len=self.recipe.train.seq_len,
+                self.model, self.shards, seq_len=trained_seq_len(self.recipe),
                 tokens=self.recipe.quant.calibration_tokens, dist=self.dist, progress=progress,
             )  # fmt: skip
 
@@ -181,7 +181,7 @@ class Packing:
 
     def _windows(self, phase: float, tokens: int) -> dict[str, Any]:
         calibrated = self.recipe.quant.calibration_tokens
-        return {"seq_len": self.recipe.train.seq_len, "tokens": tokens, "phase": phase, "among": calibrated}
+        return {"seq_len": trained_seq_len(self.recipe), "tokens": tokens, "phase": phase, "among": calibrated}
 
     def _loss(self, phase: float, tokens: int) -> Loss:
         model = copy.deepcopy(self.model)

@@ -31,11 +31,11 @@ from paramgolf.pack.forecast import forecast, plan_bytes
 from paramgolf.pack.ledger import Ledger
 from paramgolf.pack.packer import load_model, pack_model
 from paramgolf.pack.registry import CODECS
-from paramgolf.quant import awq
+from paramgolf.quant.export import check_added
 from paramgolf.quant.hessian import collect, training_loss
 from paramgolf.quant.registry import QUANTIZERS
-from paramgolf.recipe.load import to_table
-from paramgolf.recipe.sections import NgramSection, Recipe
+from paramgolf.recipe.load import load_recipe, to_table
+from paramgolf.recipe.sections import NgramSection, Recipe, trained_seq_len
 from paramgolf.runner.environment import archive_source, installed_source
 from paramgolf.runner.folder import RunFolder, claim
 from paramgolf.runner.machine import SpeedWatch
@@ -56,10 +56,10 @@ from paramgolf.train.trackers import Tracker, check_trackers
 
 
 def run(
-    recipe: Recipe,
+    recipe: Recipe | str,
     *,
-    data: str | None = None,
-    out: Path | None = None,
+    data: str | Path | None = None,
+    out: str | Path | None = None,
     resume: bool = False,
     track: Sequence[str] = (),
     clock: Clock | None = None,
@@ -67,6 +67,7 @@ def run(
     """Run a recipe to its end and return its record (None on all ranks but the first).
 
     Args:
+        recipe: one that `load_recipe` gave, or its name or path.
         data: training text or shards; None = `data.train` of the recipe, and without that the built-in corpus.
         out: the run folder; None = `runs/<recipe>-<timestamp>`.
         resume: go on from the newest usable checkpoint in `out`; on a finished run, do nothing.
@@ -77,24 +78,28 @@ def run(
     """
     clock = clock or Clock()
     with on_every_rank():
-        check(recipe)
+        wanted = load_recipe(recipe) if isinstance(recipe, str) else recipe
+        check(wanted)
         check_trackers(track)
     if data:
-        recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, train=data))
-    dist = init_dist(recipe.train.device)
-    claimed = _on_main(dist, lambda: claim(out, recipe, resume=resume, note=Phases().note))
+        wanted = dataclasses.replace(wanted, data=dataclasses.replace(wanted.data, train=str(data)))
+    out = None if out is None else Path(out)
+    dist = init_dist(wanted.train.device)
+    claimed = _on_main(dist, lambda: claim(out, wanted, resume=resume, note=Phases().note))
     folder = RunFolder(Path(claimed["root"]))
-    recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, train=claimed["train"]))
+    wanted = dataclasses.replace(wanted, data=dataclasses.replace(wanted.data, train=claimed["train"]))
     finished = folder.read_record() if resume else None
     if finished is not None:
         Phases(quiet=not dist.is_main).note(f"{folder.root} holds a finished run: nothing to do")
         if dist.is_main and not folder.report.is_file():  # it ended before its last file
-            write_report(folder, finished, recipe.title)
+            write_report(folder, finished, wanted.title)
         return finished if dist.is_main else None
     with contextlib.ExitStack() as held:
         _on_main(dist, lambda: held.enter_context(folder.locked()))
+        if dist.is_main:
+            folder.clear()
         try:
-            record = _work(recipe, folder, dist, clock, resume, track)
+            record = _work(wanted, folder, dist, clock, resume, track)
         except BaseException:
             if dist.is_main:
                 folder.abandon()
@@ -173,10 +178,9 @@ def check(recipe: Recipe, vocab_size: int = 0, tokenizer_bytes: int = 0, code_by
         raise GolfError("nothing ends the training: set budget.seconds, budget.steps or budget.tokens")
     check_switches(recipe)
     check_ttt(recipe.ttt, recipe.score.seq_len or recipe.train.seq_len)
-    if recipe.quant.awq_columns:
-        awq.check(recipe.quant.method)
     vocab_size = vocab_size or recipe.data.vocab_size
     plan = plan_bytes(recipe, vocab_size, tokenizer_bytes=tokenizer_bytes or 2 * vocab_size, code_bytes=code_bytes)
+    check_added(recipe.quant, plan.specs)
     if not plan.fits:
         raise GolfError(
             f"budget.bytes={plan.cap_bytes} is too small for this recipe: its {plan.params:,} parameters are expected "
@@ -235,7 +239,7 @@ class Job:
         recipe = self.recipe
         with self.clock.phase("calibrate"), self.phases.of("calibrating on training text") as progress:
             return collect(
-                model, self.dataset.train_tokens(), seq_len=recipe.train.seq_len,
+                model, self.dataset.train_tokens(), seq_len=trained_seq_len(recipe),
                 tokens=recipe.quant.calibration_tokens, dist=self.dist, progress=progress,
             )  # fmt: skip
 
@@ -294,7 +298,7 @@ class Job:
         def loss(state: Mapping[str, torch.Tensor]) -> float:
             model.load_state_dict(state)
             return training_loss(
-                model, shards, seq_len=recipe.train.seq_len, tokens=recipe.pack.fit_tokens,
+                model, shards, seq_len=trained_seq_len(recipe), tokens=recipe.pack.fit_tokens,
                 among=recipe.quant.calibration_tokens,
             )  # fmt: skip
 
@@ -321,7 +325,8 @@ class Job:
             return score_adapted(
                 model, data.val_tokens(), recipe.ttt, recipe.tilt, token_bytes=data.tokenizer.token_bytes,
                 true_bytes=data.val_bytes, seq_len=recipe.score.seq_len or recipe.train.seq_len,
-                stride=recipe.score.stride, batch_tokens=recipe.score.batch_tokens, bos_id=data.tokenizer.bos_id,
+                stride=recipe.score.stride, batch_tokens=recipe.score.batch_tokens,
+                lane_count=recipe.score.lanes, bos_id=data.tokenizer.bos_id,
                 dist=self.dist, limit_seconds=self._time_to_score(), progress=progress,
             ).as_dict()  # fmt: skip
 

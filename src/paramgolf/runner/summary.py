@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from paramgolf.errors import GolfError
+
 # What each clock and phase of a record measures, in words.
 SECONDS = {
     "strict": "counted by the budget",
@@ -67,7 +69,8 @@ def score_rows(record: dict[str, Any]) -> list[tuple[str, float]]:
 
 def adapted_keys(result: dict[str, Any]) -> dict[str, str]:
     """The scores that learn as they go: the end of their result keys and what they are."""
-    training = f"test-time training ({result.get('ttt')})"
+    pauses = f", {result['ttt_pauses']} pauses" if "ttt_pauses" in result else ""
+    training = f"test-time training ({result.get('ttt')}{pauses})"
     names = {"ngram": "n-gram cache", "tilt": "n-gram tilt", "ttt": training, "ttt_tilt": f"{training} and n-gram tilt"}
     return {key: name for key, name in names.items() if f"val_bpb_{key}" in result}
 
@@ -156,7 +159,10 @@ def artifact_facts(path: Path) -> dict[str, Any]:
     from paramgolf.files import sha256_file
     from paramgolf.pack.container import describe_artifact
 
-    return {"path": str(path), "bytes": path.stat().st_size, "sha256": sha256_file(path), **describe_artifact(path)}
+    facts = describe_artifact(path)
+    if not isinstance(facts.get("model"), dict):
+        raise GolfError(f"{path} says nothing of a model; give an artifact that golf run or golf pack wrote")
+    return {**facts, "path": str(path), "bytes": path.stat().st_size, "sha256": sha256_file(path)}  # as measured, last
 
 
 def inspect_text(facts: dict[str, Any]) -> str:

@@ -36,16 +36,20 @@ def generate(
     another document. The same seed gives the same text on the same machine. Raises GolfError for settings out of
     range, before anything is yielded.
     """
-    if temperature < 0 or not 0 < top_p <= 1 or top_k < 0 or max_tokens < 0 or context < 1:
+    if not temperature >= 0 or not 0 < top_p <= 1 or top_k < 0 or max_tokens < 0 or seed < 0 or context < 1:
         raise GolfError(
-            f"cannot sample with temperature={temperature}, top_p={top_p}, top_k={top_k}, max_tokens={max_tokens}: "
-            "choose temperature >= 0, 0 < top_p <= 1, top_k >= 0 and max_tokens >= 0"
+            f"cannot sample with temperature={temperature}, top_p={top_p}, top_k={top_k}, max_tokens={max_tokens}, "
+            f"seed={seed}: choose temperature >= 0, 0 < top_p <= 1, and the others >= 0"
         )
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise GolfError(f"the prompt is no text at character {error.start}; give it in UTF-8") from None
     if any(not text for text in stop):
         raise GolfError("an empty stop string would end every text at once; leave it out")
     ids = [tokenizer.bos_id, *tokenizer.encode(prompt).tolist()]
     tokens = _tokens(model, ids, context, max_tokens, temperature, top_p, top_k, seed)
-    return _text(tokens, tokenizer, bool(prompt), list(stop))
+    return _text(tokens, tokenizer, ids[1:], list(stop))
 
 
 def _tokens(
@@ -87,11 +91,14 @@ def pick(logits: np.ndarray, temperature: float, top_p: float, top_k: int, rando
     return int(order[min(at, kept - 1)])
 
 
-def _text(tokens: Iterator[int], tokenizer: Tokenizer, prompted: bool, stop: list[str]) -> Iterator[str]:
-    """Tokens as characters; holds back the beginning of a character and of what may become a stop string."""
+def _text(tokens: Iterator[int], tokenizer: Tokenizer, prompt: list[int], stop: list[str]) -> Iterator[str]:
+    """Tokens as characters, those of the prompt left out; holds back the beginning of a character and of what may
+    become a stop string."""
     characters = codecs.getincrementaldecoder("utf-8")("replace")
-    held, first = "", not prompted and not tokenizer.reversible
+    held, first = "", not prompt and not tokenizer.reversible
     bytes_of = tokenizer.decoder()
+    for token in prompt:  # capitals that it leaves open go on
+        bytes_of(token)
     for token in tokens:
         if token == tokenizer.bos_id:
             break

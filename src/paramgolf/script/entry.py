@@ -28,7 +28,7 @@ from paramgolf.quant.export import export, restore
 from paramgolf.quant.hessian import collect
 from paramgolf.quant.plan import tensor_table
 from paramgolf.quant.registry import calibrated
-from paramgolf.recipe.sections import Recipe
+from paramgolf.recipe.sections import Recipe, trained_seq_len
 from paramgolf.score.scorer import Score, score
 from paramgolf.script.plain.process import Stopwatch
 from paramgolf.train import runtime
@@ -63,7 +63,7 @@ def main(recipe: Recipe) -> None:
     log.sizes(model, size, recipe.pack.codec)
     dist.barrier()
     decoded = unpack(ARTIFACT, recipe, tokenizer.vocab_size).to(dist.device).eval()
-    decoded.compute_dtype, decoded.context_len = model.compute_dtype, recipe.train.seq_len
+    decoded.compute_dtype, decoded.context_len = model.compute_dtype, trained_seq_len(recipe)
     for stride in dict.fromkeys((0, recipe.score.stride)):
         log.round_trip(measure(decoded, tokens, tokenizer, recipe, dist, stride=stride), recipe.pack.codec)
     dist.close()
@@ -182,7 +182,7 @@ def pack(
     hessians = None
     if calibrated(recipe.quant):
         hessians = collect(
-            model, shards, seq_len=recipe.train.seq_len, tokens=recipe.quant.calibration_tokens, dist=dist
+            model, shards, seq_len=trained_seq_len(recipe), tokens=recipe.quant.calibration_tokens, dist=dist
         )
     if not dist.is_main:
         return 0

@@ -10,7 +10,7 @@ from paramgolf.dist import Dist
 from paramgolf.model.gpt import GPT
 from paramgolf.optim.averaging import build_average
 from paramgolf.optim.groups import build_optimizers
-from paramgolf.recipe.sections import Recipe
+from paramgolf.recipe.sections import Recipe, trained_seq_len
 from paramgolf.train import runtime
 from paramgolf.train.budget import shape_at
 from paramgolf.train.callbacks import Callback
@@ -81,6 +81,6 @@ def final_model(trained: GPT, recipe: Recipe, vocab_size: int, device: torch.dev
     model = GPT(recipe.model, vocab_size).to(device)
     model.load_state_dict(trained.state_dict())
     model.compute_dtype = trained.compute_dtype
-    model.context_len = trained.context_len
+    model.context_len = trained_seq_len(recipe)  # as load_model: scored in windows of any length
     model.use_attention(recipe.train.attention, device)
     return model.eval()

@@ -12,7 +12,7 @@ from paramgolf.model.gpt import GPT
 from paramgolf.optim.adam import Adam
 from paramgolf.optim.averaging import restore
 from paramgolf.optim.groups import named_parameters
-from paramgolf.recipe.sections import Recipe
+from paramgolf.recipe.sections import Recipe, trained_seq_len
 from paramgolf.train.budget import Position, StepTimer, post_window
 from paramgolf.train.callbacks import StepInfo
 from paramgolf.train.loop import Trainer, diverged
@@ -58,7 +58,7 @@ def _affordable(trainer: Trainer, held_out: np.ndarray) -> np.ndarray:
     if not seconds or not trainer.at.elapsed:
         return held_out
     speed = FORWARD_SPEED * trainer.at.tokens / trainer.at.elapsed
-    least = 4 * trainer.parts.recipe.train.seq_len
+    least = 4 * trained_seq_len(trainer.parts.recipe)
     return held_out[: max(least, int(speed * seconds / 2)) + 1]
 
 
@@ -74,7 +74,7 @@ def _average(trainer: Trainer, held_out: np.ndarray | None) -> None:
         trainer.extra["average"] = {"used": True, "why": "select = always" if held_out is None else ""}
         return
     held_out = _affordable(trainer, held_out)
-    rows = parts.recipe.train.seq_len, parts.stepper.micro_tokens
+    rows = trained_seq_len(parts.recipe), parts.stepper.micro_tokens
     raw_loss = held_out_loss(parts.model, held_out, *rows, parts.dist)
     raw = parts.average.apply(parts.model)
     average_loss = held_out_loss(parts.model, held_out, *rows, parts.dist)

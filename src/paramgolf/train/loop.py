@@ -116,12 +116,14 @@ class Trainer:
         Raises GolfError on a loss that is not finite or a failure on any rank, Interrupted on a signal.
         """
         with self.parts.clock.phase("train"):
-            while not self.stop_reason:
-                shape = self._enter_stage()
-                self.stop_reason = self.window.stop_reason(self.at, shape.step_tokens, self.timer.estimate())
+            while True:
+                shape = self._enter_stage()  # also where a resumed run had ended: what follows goes by the modes there
                 if not self.stop_reason:
-                    self._step(shape)
-                    self._save_if_due()
+                    self.stop_reason = self.window.stop_reason(self.at, shape.step_tokens, self.timer.estimate())
+                if self.stop_reason:
+                    break
+                self._step(shape)
+                self._save_if_due()
         self.extra.setdefault("main", {"seconds": self.at.elapsed, "steps": self.at.step})
         return self.stop_reason
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from paramgolf.errors import GolfError
+from paramgolf.model.documents import BOS_ID
 from paramgolf.model.gpt import GPT
 from paramgolf.optim.schedule import loop_passes
 from paramgolf.recipe.sections import Recipe
@@ -39,6 +40,26 @@ def check_switches(recipe: Recipe) -> None:
             raise GolfError(
                 f"a step of {shape.batch_tokens} tokens is no whole number of rows of {shape.seq_len}: change seq_len "
                 f"or batch_tokens ({fits} fits) of train or of that stage"
+            )
+
+
+def check_documents(recipe: Recipe, bos_id: int) -> None:
+    """GolfError where the recipe looks for beginnings of documents by another token than the tokenizer's `bos_id`."""
+    smear = recipe.model.parts.get("smear_gate2")
+    if smear is not None and smear.get("bos_id", BOS_ID) not in (bos_id, -1):
+        raise GolfError(
+            f"model.parts.smear_gate2: this tokenizer begins documents with {bos_id}; set its bos_id={bos_id}"
+        )
+    if bos_id == BOS_ID:
+        return
+    for key, needed in (
+        ("data.order=packed", recipe.data.order == "packed"),
+        ("model.document_mask=true", recipe.model.document_mask),
+    ):
+        if needed:
+            raise GolfError(
+                f"{key} finds documents by token {BOS_ID}, and this tokenizer begins them with {bos_id}; use one whose "
+                f"bos_id is {BOS_ID}, or do without"
             )
 
 

@@ -27,6 +27,7 @@ from paramgolf.train.clock import Clock
 from paramgolf.train.compiling import CompilePlan
 from paramgolf.train.finish import finish, selection_seconds
 from paramgolf.train.loop import Parts, Trainer
+from paramgolf.train.modes import check_documents
 from paramgolf.train.signals import Interrupted, Interrupts, name
 from paramgolf.train.step import raise_together
 from paramgolf.train.warmup import FirstBatches, compile_all, warm_up
@@ -121,6 +122,7 @@ class Session:
         self.warmup_steps = 0
         self.kernels = "plain"
         self.vocab_size = dataset.tokenizer.vocab_size
+        check_documents(recipe, dataset.tokenizer.bos_id)
         self.on_main(self._prepare_folder)
         self.parts, self.held_out = self._build(dataset, interrupts)
         self.first = FirstBatches(self.parts.loader)

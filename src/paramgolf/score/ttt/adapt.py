@@ -109,6 +109,7 @@ class Adaptation:
         self._count = len(documents)
         last = section.prefix_docs if section.kind == "phased" else 0
         last = min(last, self._count) if section.order == "longest" else last
+        self.paused = 0  # times so far
         self.pauses = [end for i in range(section.phases) if (end := last * (i + 1) // section.phases)]
 
     def begin(self, number: int) -> Group:
@@ -139,6 +140,7 @@ class Adaptation:
     def pause(self) -> None:
         """One pass of SGD over the finished documents up to the boundary."""
         tokens = self.prefix(self.pauses.pop(0))
+        self.paused += 1
         with learning(self.model):
             GlobalSgd(self.model, self.section, self.seq_len, self._watch).over(tokens)
         self._adapters = None  # they belong to the weights of before

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,14 +30,15 @@ from paramgolf.score.ttt.adapt import Adaptation, adapting, check_ttt, learning
 from paramgolf.score.ttt.documents import documents_of
 from paramgolf.score.ttt.group import Chunk
 from paramgolf.score.ttt.sgd import GlobalSgd
-from paramgolf.score.windows import Plan, plan
+from paramgolf.score.windows import Plan, lanes, plan
 
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class AdaptedScore:
-    """`val_loss` in nats a target, `val_bpb` in bits a byte of the text; `nll` (n - 1,) float64 in stream order.
+    """`val_loss` in nats a target, `val_bpb` in bits a byte of the text; `nll` (n - 1,) float64 in stream order,
+    without the first targets of further lanes.
 
     `kind` is that of the test-time training ("none": windows alone). `tilted` are the losses with the tilt, if there is
     one; `val_loss`, `val_bpb` and `nll` are then those without it.
@@ -52,6 +53,7 @@ class AdaptedScore:
     seconds: float
     nll: np.ndarray
     tilted: np.ndarray | None = None
+    pauses: int = 0  # of `phased`: none where the text ends before `prefix_docs` documents
 
     @property
     def val_bpb_tilt(self) -> float | None:
@@ -64,6 +66,8 @@ class AdaptedScore:
         if self.kind != "none":
             results = {"val_loss_ttt": self.val_loss, "val_bpb_ttt": self.val_bpb, "ttt": self.kind}
             results |= {"ttt_documents": self.documents, "ttt_seconds": self.seconds}
+        if self.kind == "phased":
+            results["ttt_pauses"] = self.pauses
         if self.tilted is not None:
             name = "tilt" if self.kind == "none" else "ttt_tilt"
             results |= {f"val_loss_{name}": float(self.tilted.mean()), f"val_bpb_{name}": self.val_bpb_tilt}
@@ -81,12 +85,14 @@ def score_adapted(
     seq_len: int,
     stride: int = 0,
     batch_tokens: int = 65_536,
+    lane_count: int = 1,
     bos_id: int = 1,
     dist: Dist | None = None,
     limit_seconds: float = 0.0,
     progress: Progress | None = None,
 ) -> AdaptedScore:
-    """Score the stream `tokens` (1-D ids); arguments as of `scorer.score` (`stride`: of the kinds that use windows).
+    """Score the stream `tokens` (1-D ids); arguments as of `scorer.score` (`stride`, `lane_count`: of the kinds
+    that use windows, each target in one).
 
     Collective: every rank calls it and gets the same. The model is left as it was. GolfError for settings that cannot
     work, nothing to score, or more than `limit_seconds`; CheckFailed when a loss is not finite.
@@ -105,7 +111,7 @@ def score_adapted(
         if section.kind in ("lora", "phased"):
             run.documents()
         else:
-            run.windows(stride or seq_len, batch_tokens)
+            run.windows(stride or seq_len, batch_tokens, lanes(tokens, lane_count, bos_id))
     nll, tilted = run.collected(limit_seconds)
     before, after = tokens[:-1].astype(np.int64), tokens[1:].astype(np.int64)
     size = int(token_bytes.count(before, after).sum())
@@ -116,7 +122,7 @@ def score_adapted(
     total = float(nll.sum())
     return AdaptedScore(
         section.kind, total / len(nll), total / math.log(2) / size, len(nll), size, run.count,
-        time.monotonic() - began, nll, tilted if tilt is not None else None,
+        time.monotonic() - began, nll, tilted if tilt is not None else None, run.pauses,
     )  # fmt: skip
 
 
@@ -134,7 +140,8 @@ class Run:
         self._dist, self._deadline, self._progress = dist, deadline, progress
         self._rank, self._world = (dist.rank, dist.world) if dist is not None else (0, 1)
         self.nll, self.tilted = np.full(len(tokens), np.nan), np.full(len(tokens), np.nan)
-        self._late = False
+        self.charged = np.ones(len(tokens) - 1, dtype=bool)  # not the first token of a further lane
+        self._late, self.pauses = False, 0
 
     @property
     def count(self) -> int:
@@ -152,6 +159,7 @@ class Run:
             adaptation.begin(number).run(self.observe)
             adaptation.finish(number)
             done += len(batch.documents)
+            self.pauses = adaptation.paused
             if self._progress is not None:
                 self._progress(done, len(self._documents))
 
@@ -171,9 +179,10 @@ class Run:
         self.nll[targets] = own
         self.tilted[targets] = tilted_nll(own, other, self.tokens[targets], self.hints[targets], self.boost)
 
-    def windows(self, stride: int, batch_tokens: int) -> None:
+    def windows(self, stride: int, batch_tokens: int, lane_starts: Sequence[int] = (0,)) -> None:
         """Standard or sliding windows; between two chunks of the stream the model trains on the one that is scored."""
-        whole = plan(len(self.tokens), self.seq_len, stride)
+        whole = plan(len(self.tokens), self.seq_len, stride, lane_starts=lane_starts)
+        self.charged[np.array(lane_starts[1:], np.int64) - 1] = False
         size = self.section.sgd_chunk_tokens
         chunk_of = (whole.start + whole.first_scored) // size  # a window belongs where its first target is
         chunks = -(-(len(self.tokens) - 1) // size)
@@ -210,7 +219,7 @@ class Run:
         return self._late
 
     def collected(self, limit: float) -> tuple[np.ndarray, np.ndarray]:
-        """Every target's loss from all ranks, without the tilt and with it, (n - 1,) float64 each."""
+        """Every target's loss from all ranks, without the tilt and with it, float64 (n - 1,) less further lanes."""
         if self._late:
             raise GolfError(
                 f"scoring with test-time training passed its limit of {limit:g} s (budget.eval_seconds); no score is "
@@ -222,9 +231,9 @@ class Run:
             device = self.model.tok_emb.weight.device
             rows = self._dist.all_reduce_sum(torch.from_numpy(rows).to(device)).cpu().numpy()
         nll, tilted, times = rows
-        if not (times == 1).all() or not np.isfinite(nll).all():
+        if not (times == self.charged).all() or not np.isfinite(nll).all():
             raise CheckFailed(
                 "test-time training gives a loss that is not a number: lower ttt.lr or ttt.sgd_lr, or the weights are "
                 "broken"
             )
-        return nll, tilted
+        return nll[self.charged], tilted[self.charged]

@@ -37,7 +37,7 @@ def measure(model: GPT, tokens: np.ndarray, tokenizer: Tokenizer, recipe: Recipe
     """The score of `tokens`, the same on every rank; `stride` 0 = windows side by side."""
     began = time.monotonic()
     seq_len = recipe.score.seq_len or recipe.train.seq_len
-    model.context_len = max(model.context_len, seq_len)  # positions as in a whole window, however short the stream is
+    model.context_len = max(recipe.train.seq_len, seq_len)  # positions as in whole windows, however short the stream is
     losses, targets = [np.zeros(0, np.float32)], [np.zeros(0, np.int64)]
     for hidden, target in scored_positions(model, tokens, seq_len, stride or seq_len, recipe.score.batch_tokens, dist):
         truth = torch.from_numpy(tokens[target].astype(np.int64)).to(dist.device)
