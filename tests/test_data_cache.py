@@ -71,6 +71,42 @@ def test_a_passport_that_is_none(tmp_path: Path, passport: str) -> None:
         Dataset.open(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("split",), None),
+        (("skipped_files",), [5]),
+        (("skipped_files",), "notes.md"),
+        (("removed_from_train",), "none"),
+        (("val_documents_in_train",), "x"),
+        (("source",), "x"),
+        (("train", "documents"), "many"),
+        (("train", "tokens"), None),
+        (("val", "bytes"), "1"),
+        (("val", "shards"), []),
+        (("tokenizer", "sha256"), 5),
+    ],
+)
+def test_a_passport_with_a_key_of_another_form_is_refused_by_name(
+    tmp_path: Path, place: tuple[str, ...], value: object
+) -> None:
+    made = prepare(SMALL, write(tmp_path / "a.txt", topics()[:9]), cache=tmp_path / "cache", out=tmp_path / "out")
+    passport = json.loads(json.dumps(made.passport))
+    table = passport if len(place) == 1 else passport[place[0]]
+    table[place[-1]] = value
+    (made.root / "passport.json").write_text(json.dumps(passport))
+    with pytest.raises(GolfError, match=rf"not a prepared dataset \({'.'.join(place)}\b.*prepare it again"):
+        prepare(SMALL, made.root, cache=tmp_path / "cache")
+
+
+def test_names_of_files_left_out_need_not_be_utf8(tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / os.fsdecode(b"\xff.md")).touch()
+    write(tmp_path / "text" / "a.txt", topics()[:9])
+    data = prepare(SMALL, tmp_path / "text", cache=tmp_path / "cache")
+    assert data.passport["skipped_files"] == ["\udcff.md"]
+
+
 def test_a_prepared_folder_is_used_where_it_is(tmp_path: Path) -> None:
     path = write(tmp_path / "a.txt", topics()[:30])
     made = prepare(SMALL, path, cache=tmp_path / "cache", out=tmp_path / "out")

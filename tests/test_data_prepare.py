@@ -95,6 +95,23 @@ def test_a_few_huge_documents_are_split_by_paragraphs_too(tmp_path: Path) -> Non
     assert val
 
 
+def test_copies_of_the_document_that_is_cut_leave_the_training_text(tmp_path: Path) -> None:
+    one, other = b"\n\n".join(topics()[:30]), b"\n\n".join(topics()[30:60])
+    data = prepare(SMALL, write(tmp_path / "a.txt", [one, other, one, other]), cache=tmp_path / "cache")
+    train, val = documents_of(data, "train"), documents_of(data, "val")
+    assert (data.passport["split"], data.passport["removed_from_train"]) == ("paragraphs", 1)
+    assert val and not [part for part in val for document in train if part in document]
+    assert sum(map(len, train + val)) in (len(one + one + other), len(one + other + other))
+
+
+def test_copies_do_not_enlarge_validation(tmp_path: Path) -> None:
+    whole = b"\n\n".join(topics())
+    one, three = (prepare(SMALL, write(tmp_path / f"{n}.txt", [whole] * n), cache=tmp_path / "cache") for n in (1, 3))
+    assert three.passport["removed_from_train"] == 2
+    for side in ("train", "val"):
+        assert documents_of(three, side) == documents_of(one, side)
+
+
 def test_files_named_val_are_validation(tmp_path: Path) -> None:
     folder = tmp_path / "text"
     folder.mkdir()
@@ -106,6 +123,14 @@ def test_files_named_val_are_validation(tmp_path: Path) -> None:
     assert documents_of(data, "train") == topics()[:38]
     assert (data.passport["split"], data.passport["removed_from_train"]) == ("files named val", 2)
     assert data.passport["skipped_files"] == ["notes.md"]
+
+
+def test_a_folder_gives_the_same_with_its_own_dataset_in_it(tmp_path: Path) -> None:
+    folder = tmp_path / "text"
+    folder.mkdir()
+    write(folder / "a.txt", topics())
+    made = [prepare(SMALL, folder, cache=tmp_path / "cache", out=folder / "prepared").passport for _ in range(2)]
+    assert made[0] == made[1] and made[0]["split"] == "document hash"
 
 
 def test_data_val_comes_first(tmp_path: Path) -> None:
@@ -224,6 +249,8 @@ def test_open_text_reads_all_of_a_file_and_the_validation_part_of_a_folder(tmp_p
     assert (tokens == data.val_tokens()).all() and size == data.val_bytes
     with pytest.raises(GolfError, match="empty; nothing to score"):
         open_text(write(tmp_path / "none.txt", []), tokenizer)
+    with pytest.raises(GolfError, match="no text is named"):
+        open_text("", tokenizer)
 
 
 # -- text that cannot be used ---------------------------------------------------------------------------------------

@@ -92,6 +92,21 @@ def test_compressed_files(tmp_path: Path, suffix: str, pack: object) -> None:
         read(path)
 
 
+@pytest.mark.parametrize("suffix", [".BZ2", ".LZMA", ".GZ"])
+def test_suffixes_of_compression_in_capitals(tmp_path: Path, suffix: str) -> None:
+    pack = {".BZ2": bz2.compress, ".LZMA": lambda data: lzma.compress(data, lzma.FORMAT_ALONE), ".GZ": gzip.compress}
+    (tmp_path / f"a.txt{suffix}").write_bytes(pack[suffix](b"hello"))
+    assert read(tmp_path / f"a.txt{suffix}") == [b"hello"]
+
+
+def test_bz2_is_known_by_its_first_bytes(tmp_path: Path) -> None:
+    for data in (b"", b"hello"):
+        (tmp_path / "a.txt").write_bytes(bz2.compress(data))
+        assert read(tmp_path / "a.txt") == ([data] if data else [])
+    (tmp_path / "a.txt").write_bytes(b"BZh9 is how such files begin\n")
+    assert read(tmp_path / "a.txt") == [b"BZh9 is how such files begin\n"]
+
+
 @pytest.mark.parametrize(("suffix", "pack"), [(".gz", gzip.compress), (".xz", lzma.compress), (".bz2", bz2.compress)])
 def test_a_changed_byte_of_a_file_that_carries_sums(tmp_path: Path, suffix: str, pack: object) -> None:
     data = pack(b"hello " * 100)  # type: ignore[operator]
@@ -172,6 +187,19 @@ def test_a_folder_lists_what_it_leaves_out(tmp_path: Path) -> None:
     assert skipped == ["pic.png", "readme.md", "sub/d.tar.xz"]
 
 
+def test_runs_and_prepared_datasets_in_a_folder_are_left_out(tmp_path: Path) -> None:
+    names = ["a.txt", "runs/b/recipe.toml", "runs/b/data.json", "runs/b/train.jsonl", "runs/b/deep/c.txt"]
+    names += ["runs/d/recipe.toml", "runs/d/record.json", "runs/d/train.jsonl", "runs/notes.txt"]
+    names += ["made/passport.json", "made/tokenizer.model", "made/val.txt"]
+    names += ["mine/passport.json", "mine/e.txt", "own/recipe.toml", "own/train.jsonl"]  # only half of ours
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    found, skipped = find(tmp_path)
+    assert [source.name for source in found] == ["a.txt", "mine/e.txt", "own/train.jsonl", "runs/notes.txt"]
+    assert skipped == ["made/", "mine/passport.json", "own/recipe.toml", "runs/b/", "runs/d/"]
+
+
 def test_globs_and_files_named_outright_take_any_name(tmp_path: Path) -> None:
     (tmp_path / "a.py").write_text("print()\n")
     (tmp_path / "b.py").write_text("pass\n")
@@ -243,6 +271,7 @@ def test_standard_input_says_what_it_is(monkeypatch: pytest.MonkeyPatch, tmp_pat
     long_line = json.dumps({"text": "many words " * 20_000}).encode()  # longer than any block that is looked at
     assert spooled(monkeypatch, tmp_path, long_line + b"\n").kind == "jsonl"
     assert spooled(monkeypatch, tmp_path, gzip.compress(long_line)).kind == "jsonl"
+    assert spooled(monkeypatch, tmp_path, bz2.compress(long_line)).kind == "jsonl"
     assert spooled(monkeypatch, tmp_path, b"[" * 100_000).kind == "text"
     assert {path.suffix for path in tmp_path.iterdir()} == {".jsonl", ".text"}
 

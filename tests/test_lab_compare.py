@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import tomli_w
 
+from paramgolf.cli_output import emit
 from paramgolf.errors import GolfError
 from paramgolf.lab.compare import compare, open_groups
 from paramgolf.lab.compare_text import compare_text
@@ -154,6 +155,22 @@ def test_several_candidates_are_corrected(runs: Path) -> None:
     smallest = min(result["comparisons"], key=lambda test: test["t"]["p"])
     assert smallest["p_holm"] == pytest.approx(2 * smallest["t"]["p"])
     assert "Holm" in compare_text(result)
+
+
+@pytest.mark.parametrize("word", ["inf", "1e308"])
+@pytest.mark.parametrize("name", ["against", "margin"])
+def test_numbers_that_are_none_to_compute_with(
+    runs: Path, name: str, word: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    answer = golf_here(capfd, "compare", f"{runs}/old", f"{runs}/new", f"--{name}", word, "--json")
+    assert f"--{name} {float(word)} is no number to compute with" in error_line(answer)
+
+
+def test_a_result_that_is_no_json_is_refused(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(GolfError, match="leave --json out"):
+        emit({"bpb": math.inf}, True, "inf")
+    emit({"bpb": math.inf}, False, "inf")
+    assert capfd.readouterr().out == "inf\n"
 
 
 def test_command_line(runs: Path, capfd: pytest.CaptureFixture[str]) -> None:

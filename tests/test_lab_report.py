@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -137,7 +138,18 @@ def test_one_wild_run_does_not_flatten_the_rest() -> None:
     assert 'fill="none"' in chart.render("edge")
 
 
+def test_a_log_of_tiny_times_is_drawn(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", 0, lines=5, artifact_bytes=500)
+    log = tmp_path / "run" / "train.jsonl"
+    rows = [json.loads(line) | {"elapsed": 5e-324} for line in log.read_text().splitlines()]
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    os.utime(tmp_path / "run" / "record.json", (15_000_000_000, 15_000_000_000))  # and of a time far from now
+    assert write_report([str(tmp_path / "run")], tmp_path / "report.html")["runs"] == 1
+
+
 def test_ticks_are_round() -> None:
+    assert ticks(0.0, 5e-324) == [0.0] and ticks(0.0, 5e-320) == [0.0]
+    assert len(ticks(0.0, 1e-299)) > 3
     assert ticks(0.0, 1.0) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
     assert ticks(2.013, 2.031, 4) == pytest.approx([2.015, 2.02, 2.025, 2.03])
     assert [label(v, 0.005) for v in (2.015, 2.02)] == ["2.015", "2.020"]

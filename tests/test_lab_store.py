@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +65,24 @@ def test_a_damaged_index_is_made_anew(root: Path, damage: bytes) -> None:
     (root / NAME).write_bytes(damage)
     assert len(index_runs(root)[0]) == 4
     assert len(index_runs(root)[0]) == 4
+
+
+@pytest.mark.parametrize("facts", ["{", "5", "[" * 100_000, "{},5", None, b"\xff"])
+def test_an_index_with_broken_rows_is_made_anew(root: Path, facts: object) -> None:
+    expected = index_runs(root)
+    with contextlib.closing(sqlite3.connect(root / NAME)) as connection:
+        connection.execute("UPDATE runs SET facts = ?", (facts,))
+        connection.commit()
+    assert index_runs(root) == expected
+    with contextlib.closing(sqlite3.connect(root / NAME)) as connection:
+        assert all(json.loads(text) for (text,) in connection.execute("SELECT facts FROM runs"))
+
+
+@pytest.mark.parametrize("second", [15_000_000_000, -15_000_000_000])
+def test_records_of_odd_times_are_listed(root: Path, second: int) -> None:
+    os.utime(root / "pocket-1" / "record.json", (second, second))
+    for _ in range(2):
+        assert len(index_runs(root)[0]) == 4
 
 
 def test_bad_records_are_named_and_the_rest_is_listed(root: Path) -> None:

@@ -8,7 +8,6 @@ import lzma
 import os
 import subprocess
 import sys
-import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -321,31 +320,6 @@ def test_of_two_runs_in_a_log_the_last_one_counts(folder: Path) -> None:
     path = folder / "train_seed2.log"
     path.write_text(log_text(2, SCRIPT.replace("is_boundary", "other")) + "=" * 100 + "\n" + log_text(2))
     assert codes(audit(folder)) == {"log-order"}
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "x0 = 'a'\n" + "".join(f"x{i + 1} = x{i} + x{i}\n" for i in range(17)) + "exec(x17)\n",
-        "import lzma as L\n"
-        "exec(L.decompress(b'', L.FORMAT_RAW, None, [{'id': L.FILTER_LZMA2, 'dict_size': 4294967295}]))\n",
-    ],
-)
-def test_expressions_that_explode_are_stopped(tmp_path: Path, text: str) -> None:
-    path = tmp_path / "bomb.py"
-    path.write_text(text)
-    started = time.monotonic()
-    assert "code-bomb" in codes(audit(path))
-    assert time.monotonic() - started < 10
-
-
-@pytest.mark.parametrize(
-    "text", ["(" * 5000, "-" * 50000 + "1", "x = " + "a." * 900 + "a\n", "a\0b", "'''", "+".join("a" * 5000)]
-)
-def test_hostile_scripts_are_findings(tmp_path: Path, text: str) -> None:
-    path = tmp_path / "train_gpt.py"
-    path.write_text(text)
-    audit(path)
 
 
 def test_a_long_log_is_read_to_its_bound(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import lzma
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from paramgolf.recipe.load import load_recipe, to_toml
 from paramgolf.runner.environment import source_sha256
 from paramgolf.runner.record import seal
 from paramgolf.submit.audit.audit import audit
-from paramgolf.submit.package import CAP, Author, packed_script, read_runs, submit
+from paramgolf.submit.package import CAP, Author, known_author, packed_script, read_runs, submit
 from tests.run_common import error_line, golf_here
 
 DATA = {
@@ -95,6 +96,27 @@ def test_a_line_of_the_log_that_is_no_step_is_named(
     refused = error_line(golf_here(capfd, "submit", run, "--out", tmp_path / "entry"))
     assert f"{run / 'train.jsonl'}, line 4" in refused and "get the file again" in refused
     assert not (tmp_path / "entry").exists()
+
+
+def test_a_recipe_that_only_extends_another_is_submitted_like_the_whole_one(tmp_path: Path) -> None:
+    short, whole = write_run(tmp_path / "short", 1), write_run(tmp_path / "whole", 1)
+    (short / "recipe.toml").write_text('extends = "pr114"\nname = "pr114"\n[train]\nseed = 1\n')
+    submit([short], tmp_path / "entry")
+    readme = (tmp_path / "entry" / "README.md").read_text()
+    run = read_runs([whole])[0]
+    assert run.table == read_runs([short])[0].table | {"extends": ""}
+    assert f"data order `{run.table['data']['order']}`" in readme and "[]" not in readme
+
+
+@pytest.mark.parametrize(("program", "name"), [("printf 'Jos\\351\\n'", "Jos\ufffd"), ("exec sleep 60", "unknown")])
+def test_a_name_that_git_cannot_tell_does_not_matter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str, name: str
+) -> None:
+    (tmp_path / "git").write_text(f"#!/bin/sh\n{program}\n")
+    (tmp_path / "git").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr("paramgolf.submit.package._GIT_SECONDS", 0.5)
+    assert known_author() == Author(name, name)
 
 
 def test_a_folder_with_something_in_it_is_left_alone(tmp_path: Path) -> None:

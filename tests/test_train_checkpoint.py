@@ -5,10 +5,12 @@ from __future__ import annotations
 import resource
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save
 
 from paramgolf.errors import GolfError
 from paramgolf.train.checkpoint import Snapshot, Store, check_writable, encode, read
@@ -79,6 +81,23 @@ def test_every_single_flipped_byte_is_noticed(tmp_path: Path) -> None:
         # the only bytes that may change unnoticed are those that carry nothing
         assert again.state == snapshot(1).state
         assert all(torch.equal(again.tensors[k], t) for k, t in snapshot(1).tensors.items()), position
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        '{"format": 1, "step": 1, "state": [], "crc32": {}}',
+        '{"format": 1, "step": Infinity, "state": {}, "crc32": {}}',
+        '{"format": 1, "step": 1e999, "state": {}, "crc32": {}}',
+        '{"format": 1, "step": 1, "crc32": {}, "state": ' + "[" * 100_000,
+        "[]",
+    ],
+)
+def test_a_header_of_another_form_is_refused(tmp_path: Path, header: str) -> None:
+    path = tmp_path / "step-000000001.safetensors"
+    path.write_bytes(save({}, metadata={"paramgolf": f"{zlib.crc32(header.encode())} {header}"}))
+    with pytest.raises(GolfError, match=f"checkpoint {path} cannot be read"):
+        read(path)
 
 
 def test_nothing_usable_is_none(tmp_path: Path) -> None:

@@ -177,6 +177,7 @@ def _key(section: DataSection, inputs: Inputs) -> str:
     settings = [FORMAT, section.vocab_size, section.val_max_bytes, section.text_field, section.split_digits]
     settings += [section.tokenizer_text_bytes, tokenizer, inputs.origin]
     settings += ["caseops"] if section.caseops else []  # folders made without it keep their key
+    settings += ["no copies"] if inputs.files and inputs.val is None else []  # not a folder that may hold such
     return sha256_bytes(json.dumps([settings, inputs.label]).encode())
 
 
@@ -302,7 +303,7 @@ def _split(
         only = next(itertools.islice(inputs.train(), index, None))
     else:
         index = 0
-    return _split_one(inputs, only, index, limit)
+    return _split_one(inputs, scan, only, index, section.val_max_bytes)
 
 
 def _without(
@@ -318,10 +319,12 @@ def _without(
 
 
 def _split_one(
-    inputs: Inputs, only: Document, index: int, limit: int
+    inputs: Inputs, scan: _Scan, only: Document, index: int, most: int
 ) -> tuple[list[bytes], Callable[[], Iterable[Document]], int, str]:
+    """The same for one document that is cut; other documents stay whole, but for its copies, which hold all of it."""
     data = only.data
-    train_spans, val_spans = split.split_single(data, limit)
+    copies = scan.digests.count(scan.digests[index]) - 1
+    train_spans, val_spans = split.split_single(data, split.val_limit(scan.total - copies * len(data), most))
     if not val_spans or not train_spans:
         raise GolfError(
             f"the text is one document of {len(data)} bytes that cannot be split into training and validation;"
@@ -330,14 +333,14 @@ def _split_one(
     val = [bytes(data[a:b]) for a, b in val_spans]
 
     def train() -> Iterator[Document]:
-        for at, document in enumerate(inputs.train()):
-            if at != index:
+        for at, (document, digest) in enumerate(zip(inputs.train(), scan.digests, strict=False)):
+            if at == index:
+                for a, b in train_spans:
+                    yield Document(document.data[a:b])
+            elif digest != scan.digests[index]:
                 yield document
-                continue
-            for a, b in train_spans:
-                yield Document(document.data[a:b])
 
-    return val, train, 0, "paragraphs"
+    return val, train, copies, "paragraphs"
 
 
 def _write(

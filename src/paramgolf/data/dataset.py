@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import tempfile
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import (
+    Annotated,
+    Any,
+    NotRequired,  # before Python 3.12 pydantic cannot read typing's own
+)
 
 import numpy as np
+from pydantic import Field, InstanceOf, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
 
 from paramgolf import strict_json
 from paramgolf.data import build, official, sources
@@ -18,6 +25,68 @@ from paramgolf.data.tokenizer import Tokenizer
 from paramgolf.errors import GolfError
 from paramgolf.files import user_path
 from paramgolf.recipe.sections import DataSection
+
+_Count = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class _File(TypedDict):
+    """A file of text that the data was made of."""
+
+    sha256: NotRequired[str | None]
+
+
+class _Shard(TypedDict):
+    """A file of tokens."""
+
+    name: str
+    sha256: str
+
+
+class _Side(TypedDict):
+    """The training or the validation part."""
+
+    documents: _Count | None
+    tokens: _Count
+    bytes: _Count | None
+    shards: Annotated[list[_Shard], Field(min_length=1)]
+    sizes: NotRequired[list[_Shard]]
+    sha256: NotRequired[str | None]
+
+
+class _Tokenizer(TypedDict):
+    """The tokenizer, by the hash of its file."""
+
+    sha256: str
+
+
+class _Passport(TypedDict):
+    """The keys of `passport.json` that programs read; the folder may come from anybody."""
+
+    source: NotRequired[list[_File]]
+    skipped_files: NotRequired[list[InstanceOf[str]]]  # names, which need not be UTF-8: no `str` to pydantic
+    tokenizer: _Tokenizer
+    split: str
+    train: _Side
+    val: _Side
+    removed_from_train: NotRequired[_Count]
+    val_documents_in_train: NotRequired[_Count | None]
+
+
+@cache
+def _form() -> TypeAdapter[Any]:
+    return TypeAdapter(_Passport)
+
+
+def _read_passport(path: Path) -> dict[str, Any]:
+    """The passport in a file. ValueError that names the first key of another form."""
+    passport: dict[str, Any] = strict_json.loads(path.read_text(encoding="utf-8"))
+    try:
+        _form().validate_python(passport, strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        message = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise ValueError(message.removeprefix(": ")) from None
+    return passport
 
 
 @dataclass(frozen=True)
@@ -52,12 +121,8 @@ class Dataset:
         """A folder made by `prepare`."""
         folder = Path(folder)
         try:
-            passport = strict_json.loads((folder / PASSPORT).read_text(encoding="utf-8"))
+            passport = _read_passport(folder / PASSPORT)
             text = folder / VAL_TEXT
-            if not (passport["train"]["shards"] and passport["val"]["shards"]):
-                raise ValueError("it names no shards")
-            if not isinstance(passport["tokenizer"]["sha256"], str):
-                raise ValueError("its tokenizer has no hash")
             return cls(
                 root=folder,
                 tokenizer=Tokenizer.load(folder / TOKENIZER),
@@ -68,7 +133,7 @@ class Dataset:
                 passport=passport,
                 val_sizes=[folder / shard["name"] for shard in passport["val"].get("sizes", [])],
             )
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise GolfError(f"{folder}: not a prepared dataset ({error}); prepare it again") from error
 
     def check_hashes(self, cache: Path) -> None:
@@ -127,6 +192,8 @@ def open_text(
     Of a folder: its validation part if it has one. Shards carry no documents: (tokens, None, []), with the bytes of a
     CaseOps export where its sidecar is.
     """
+    if not str(source):
+        raise GolfError("no text is named, as by a variable that is not set; give a file, a folder or '-'")
     if str(source) == "-":
         with tempfile.TemporaryDirectory() as spool:
             documents = [bytes(d.data) for d in sources.spool_stdin(Path(spool), field).documents()]

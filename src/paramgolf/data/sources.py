@@ -37,6 +37,9 @@ KINDS = {".txt": "text", ".text": "text", ".jsonl": "jsonl", ".ndjson": "jsonl",
 _VALIDATION = re.compile(r"(?<![^\W\d_])val(id|idation)?(?![^\W\d_])")  # no letter before or after
 _BLOCK = 1 << 20
 _LONGEST_LINE = 1 << 26  # of standard input that is looked at to tell JSONL from text
+_BZ2 = re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)")  # the first block, or the end of an empty stream
+# A folder that holds one of these pairs is the program's own output: a prepared dataset, a run.
+_MADE = (("passport.json", "tokenizer.model"), ("recipe.toml", "record.json"), ("recipe.toml", "data.json"))
 _LARGE = 1 << 23  # documents above this size stay in the memory map instead of being copied
 
 
@@ -108,7 +111,8 @@ def find(source: str | Path, field: str = "text") -> tuple[list[Source], list[st
     """The inputs `source` names (file, folder or glob), sorted by path, and the names of files left out.
 
     A file named outright or by a glob is text unless its name says JSONL or parquet; in a folder only .txt, .text,
-    .jsonl, .ndjson and .parquet files count (with .gz, .xz, .zst, .bz2 as well).
+    .jsonl, .ndjson and .parquet files count (with .gz, .xz, .zst, .bz2 as well), and nothing of the
+    runs and prepared datasets in it.
     """
     path = user_path(source)
     if path.is_file():
@@ -127,9 +131,15 @@ def find(source: str | Path, field: str = "text") -> tuple[list[Source], list[st
 
 def _find_in_folder(folder: Path, field: str) -> tuple[list[Source], list[str]]:
     found, skipped = [], []
-    for path in sorted(folder.rglob("*")):
+    made: Path | None = None
+    for path in sorted(folder.rglob("*")):  # a folder comes right before what is in it
         relative = path.relative_to(folder)
-        if not path.is_file() or any(part.startswith(".") for part in relative.parts):
+        if made in path.parents or any(part.startswith(".") for part in relative.parts):
+            continue
+        if path.is_dir() and any(all((path / name).is_file() for name in pair) for pair in _MADE):
+            made = path
+            skipped.append(f"{relative.as_posix()}/")
+        if not path.is_file():
             continue
         kind = kind_of(path)
         if kind:
@@ -178,17 +188,18 @@ def _kind_of_content(path: Path, field: str) -> str:
 def _open(path: Path) -> IO[bytes]:
     """The file's bytes, decompressed by what its first bytes say."""
     with path.open("rb") as stream:
-        magic = stream.read(6)
+        magic = stream.read(10)
+    suffix = path.suffix.lower()
     if magic[:2] == b"\x1f\x8b":
         return cast(IO[bytes], gzip.open(path, "rb"))
-    if magic[:6] == b"\xfd7zXZ\0" or (path.suffix == ".lzma" and magic[:3] == b"\x5d\0\0"):
+    if magic[:6] == b"\xfd7zXZ\0" or (suffix == ".lzma" and magic[:3] == b"\x5d\0\0"):
         return lzma.open(path, "rb")
-    if magic[:3] == b"BZh" and path.suffix == ".bz2":
+    if _BZ2.match(magic) or (magic[:3] == b"BZh" and suffix == ".bz2"):
         return bz2.open(path, "rb")
     if magic[:4] == b"\x28\xb5\x2f\xfd":
         return _open_zstd(path)
-    if path.suffix.lower() in COMPRESSED and magic:
-        raise GolfError(f"{path}: not a {path.suffix[1:]} file although its name says so; rename or make it again")
+    if suffix in COMPRESSED and magic:
+        raise GolfError(f"{path}: not a {suffix[1:]} file although its name says so; rename or make it again")
     return path.open("rb")
 
 

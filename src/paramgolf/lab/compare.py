@@ -18,6 +18,7 @@ from paramgolf.runner.folder import RunFolder
 
 CHALLENGE_MARGIN = 0.005  # nats a token: what a record must win by
 ALPHA = 0.01  # and at which significance
+_LARGEST = 1e15  # as of the numbers of a record
 
 
 @dataclass(frozen=True)
@@ -140,8 +141,12 @@ def compare(
         margin_nats: how much better, in nats a token, the p-values ask for.
         power: with which the runs still needed are to find the improvement seen.
 
-    Returns JSON-able facts. Raises GolfError for runs under different conditions (see `conditions`) not in `allow`.
+    Returns JSON-able facts. Raises GolfError for runs under different conditions (see `conditions`) not in `allow`, and
+    for a number that is none to compute with.
     """
+    for name, value in (("against", against), ("margin", margin_nats), ("alpha", alpha), ("power", power)):
+        if value is not None and not abs(value) <= _LARGEST:
+            raise GolfError(f"--{name} {value} is no number to compute with; give one that is finite, at most 1e15")
     if against is None and len(groups) < 2:
         raise GolfError("one group of runs has nothing to be compared with; give another, or --against BPB")
     refuse_unlike(groups, allow or [])

@@ -63,6 +63,11 @@ def read_bytes(path: Path, limit: int = MAX_RECORD) -> bytes:
         raise GolfError(f"cannot read {path}: {error.strerror or error}") from None
 
 
+def modified_ns(state: os.stat_result) -> int:
+    """When a file was last written, in nanoseconds since 1970; a file system's odd times as the nearest of 64 bits."""
+    return max(-(2**63), min(state.st_mtime_ns, 2**63 - 1))
+
+
 def find_runs(root: Path, depth: int = 4) -> Iterator[Path]:
     """The `record.json` of every finished run below `root`, `root` itself included; links are not followed."""
     record = root / "record.json"

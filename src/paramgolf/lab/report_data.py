@@ -11,7 +11,7 @@ from typing import Any
 
 from paramgolf.errors import GolfError
 from paramgolf.files import sha256_file
-from paramgolf.lab.records import find_runs, identity, parse_record, read_bytes, recipe_table
+from paramgolf.lab.records import find_runs, identity, modified_ns, parse_record, read_bytes, recipe_table
 from paramgolf.lab.storage import CARD
 from paramgolf.runner.folder import RunFolder
 from paramgolf.runner.form import NAMED, LogPoint, check_record, log_point
@@ -71,7 +71,7 @@ def read_run(folder: RunFolder) -> RunFacts:
     """The facts of one folder. Raises GolfError for a record without them."""
     needed = (*NAMED, "val_bpb", "total_bytes")
     record = check_record(parse_record(read_bytes(folder.record), folder.record), folder.record, needed)
-    finished = datetime.fromtimestamp(folder.record.stat().st_mtime).isoformat(" ", "minutes")
+    finished = datetime.fromtimestamp(modified_ns(folder.record.stat()) / 1e9).isoformat(" ", "minutes")
     table = recipe_table(folder)
     return RunFacts(
         str(folder.root), folder.root.name, record, identity(table), finished, seal_state(folder, record),

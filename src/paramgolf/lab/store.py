@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from paramgolf.errors import GolfError
-from paramgolf.lab.records import find_runs, parse_record, read_bytes
+from paramgolf.lab.records import find_runs, modified_ns, parse_record, read_bytes
 from paramgolf.registry import close_match
 
 VERSION = 2
@@ -45,7 +45,11 @@ def index_runs(root: str | Path) -> tuple[list[Facts], list[str]]:
         raise GolfError(f"no folder {root}; finished runs are looked for in runs/, or name another with --root")
     try:
         with _opened(root / NAME) as connection:
-            return _synced(connection, root)
+            try:
+                return _synced(connection, root)
+            except (ValueError, TypeError, RecursionError):  # rows that are not ours
+                connection.execute("DELETE FROM runs")
+                return _synced(connection, root)
     except sqlite3.DatabaseError as error:
         if isinstance(error, sqlite3.OperationalError) and "locked" in str(error):
             raise GolfError(f"{root / NAME} is locked by another program; try again") from None
@@ -88,7 +92,7 @@ def _synced(connection: sqlite3.Connection, root: Path) -> tuple[list[Facts], li
     for record in find_runs(root):
         with contextlib.suppress(OSError):  # removed this moment
             state = record.stat()
-            there[str(record.parent.relative_to(root))] = (state.st_mtime_ns, state.st_size)
+            there[str(record.parent.relative_to(root))] = (modified_ns(state), state.st_size)
     new = [_row(root, path, state) for path, state in there.items() if known.get(path) != state]
     gone = [(os.fsencode(path),) for path in known if path not in there]
     if new or gone:
@@ -99,6 +103,8 @@ def _synced(connection: sqlite3.Connection, root: Path) -> tuple[list[Facts], li
     rows = connection.execute("SELECT facts, problem FROM runs ORDER BY mtime_ns, path").fetchall()
     # One document, parsed at once: its keys are made only once.
     facts = json.loads(f"[{','.join(text for text, problem in rows if not problem)}]")
+    if not all(isinstance(each, dict) for each in facts):
+        raise ValueError("facts that are no table")
     return facts, [problem for _, problem in rows if problem]
 
 

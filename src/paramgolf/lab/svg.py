@@ -17,7 +17,7 @@ LEFT, RIGHT, TOP, BOTTOM = 64, 16, 12, 46
 
 def ticks(low: float, high: float, count: int = 6) -> list[float]:
     """Round numbers inside [low, high], about `count` of them."""
-    if not high > low:
+    if not high - low > 1e-300:  # of smaller numbers the powers of ten end
         return [low]
     raw = (high - low) / max(1, count)
     base = 10 ** math.floor(math.log10(raw))

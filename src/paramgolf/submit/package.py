@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import lzma
 import shutil
@@ -17,8 +18,8 @@ from typing import Any
 
 from paramgolf import __version__
 from paramgolf.errors import GolfError
-from paramgolf.lab.records import identity, read_record, recipe_table, run_folder
-from paramgolf.recipe.load import load_recipe
+from paramgolf.lab.records import identity, read_record, run_folder
+from paramgolf.recipe.load import from_table, load_recipe, to_table
 from paramgolf.runner.environment import source_sha256
 from paramgolf.runner.folder import RunFolder
 from paramgolf.runner.form import SHOWN
@@ -27,6 +28,7 @@ from paramgolf.submit.render import log_text, readme_text
 
 CAP = 16_000_000  # decimal bytes of code and coded model
 _NEEDED = (*SHOWN, "codec", "windows", "val_loss", "val_loss_float")
+_GIT_SECONDS = 10.0
 SCRIPT, READABLE = "train_gpt.py", "train_gpt_readable.py"
 
 
@@ -40,7 +42,7 @@ class Author:
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: its folder, its sealed record and its recipe as a plain table."""
+    """A finished run: its folder, its sealed record and its whole recipe as a plain table."""
 
     folder: RunFolder
     record: dict[str, Any]
@@ -75,7 +77,7 @@ def submit(
     runs = read_runs(paths)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise GolfError(f"--out {out} exists already; choose a new folder")
-    recipe = load_recipe(str(runs[0].folder.root / "recipe.toml"))
+    recipe = from_table(runs[0].table)
     own = bool(runs[0].record["data"]["tokenizer"].get("reversible"))
     plain = generate(recipe, own_tokenizer=own).encode()
     packed = packed_script(plain)
@@ -104,7 +106,8 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     runs = []
     for path in paths:
         folder = run_folder(path)
-        runs.append(Run(folder, read_record(folder, _NEEDED), recipe_table(folder)))
+        record = read_record(folder, _NEEDED)
+        runs.append(Run(folder, record, to_table(load_recipe(str(folder.root / "recipe.toml")))))
     first = runs[0]
     for run in runs[1:]:
         for what, one, other in (
@@ -180,8 +183,11 @@ def known_author() -> Author:
     """The name that git knows, else "unknown"."""
     name = ""
     if shutil.which("git"):
-        done = subprocess.run(["git", "config", "user.name"], capture_output=True, text=True, check=False, timeout=10)
-        name = done.stdout.strip()
+        with contextlib.suppress(subprocess.SubprocessError):
+            done = subprocess.run(
+                ["git", "config", "user.name"], capture_output=True, errors="replace", check=False, timeout=_GIT_SECONDS
+            )
+            name = done.stdout.strip()
     return Author(name or "unknown", name or "unknown")
 
 

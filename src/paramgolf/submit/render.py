@@ -79,7 +79,7 @@ def _recipe_lines(table: dict[str, Any]) -> str:
     """The sections that say what the system is, one line each."""
     lines = []
     for section in ("model", "optim", "schedule", "train", "average", "score"):
-        values = {k: v for k, v in table.get(section, {}).items() if v not in ("", {}, [])}
+        values = {k: v for k, v in table.get(section, {}).items() if v not in ("", {}, (), [])}
         told = ", ".join(f"{key} {json.dumps(value)}" for key, value in values.items())
         lines.append(f"- **{section}**: {told}")
     return "\n".join(lines)

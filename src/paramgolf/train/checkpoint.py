@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor
 
+from paramgolf import strict_json
 from paramgolf.errors import GolfError
 from paramgolf.files import atomic_write
 
@@ -71,7 +72,7 @@ def read(path: Path) -> Snapshot:
             crc, _, text = (stream.metadata() or {})["paramgolf"].partition(" ")
             if zlib.crc32(text.encode()) != int(crc):
                 raise GolfError(f"checkpoint {path} is damaged (its header does not match its checksum)")
-            header = json.loads(text)
+            header = strict_json.loads(text)
             if header["format"] != FORMAT:
                 raise GolfError(f"checkpoint {path} has format {header['format']}, this version reads {FORMAT}")
             tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 (not a dict)
@@ -79,8 +80,10 @@ def read(path: Path) -> Snapshot:
             bad = [name for name in expected if name not in tensors or tensor_crc(tensors[name]) != expected[name]]
             if bad or len(expected) != len(tensors):
                 raise GolfError(f"checkpoint {path} is damaged (checksum of {bad[0] if bad else 'the tensor table'})")
+            if not isinstance(header["state"], dict):
+                raise ValueError("its state is no table")
             return Snapshot(int(header["step"]), tensors, header["state"])
-    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError, RecursionError) as error:
         raise GolfError(f"checkpoint {path} cannot be read ({error})") from error
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from paramgolf.submit.audit.catalog import Finding, finding
 from paramgolf.submit.audit.folder import Submission
-from paramgolf.submit.audit.script import Function, Script, call_name
+from paramgolf.submit.audit.script import Script, call_name
 
 _NET_MODULES = {"requests", "urllib", "socket", "http", "ftplib", "smtplib", "huggingface_hub", "wandb", "aiohttp",
                 "httpx", "boto3", "paramiko", "websockets", "urllib3"}  # fmt: skip
@@ -122,12 +122,9 @@ def _validation_calls(script: Script) -> Iterator[Finding]:
 
 
 def _adaptation(script: Script) -> Iterator[Finding]:
+    nested = _lines_in_ttt(script)
     for function in script.functions:
-        if (
-            re.search(r"ttt|test_time|slot|etlb", function.name)
-            or function.name == "main"
-            or _nested_in_ttt(script, function)
-        ):
+        if re.search(r"slot|etlb", function.name) or function.lineno in nested:
             continue
         parameters = [a.arg for a in (*function.args.args, *function.args.kwonlyargs)]
         hits = [p for p in parameters if _VAL.search(p) and _VAL_DATA.search(p)]
@@ -140,10 +137,7 @@ def _adaptation(script: Script) -> Iterator[Finding]:
             yield finding("val-adapt", message, script.at(updates[0].lineno, "backward"))
 
 
-def _nested_in_ttt(script: Script, function: Function) -> bool:
-    return any(
-        other is not function
-        and re.search(r"ttt|test_time|^main$", other.name)
-        and other.lineno <= function.lineno <= (other.end_lineno or 0)
-        for other in script.functions
-    )
+def _lines_in_ttt(script: Script) -> set[int]:
+    """The lines of `main` and of the functions that say they adapt, and so of every function inside them."""
+    holding = [f for f in script.functions if re.search(r"ttt|test_time|^main$", f.name)]
+    return {line for f in holding for line in range(f.lineno, (f.end_lineno or f.lineno) + 1)}

@@ -59,8 +59,10 @@ def check(submission: Submission) -> Iterator[Finding]:
 
 def _telling(hits: list[tuple[Script, str, int]]) -> tuple[Script, str, int]:
     """The function definition if there is one, else the first line."""
+    scripts = {id(script): script for script, _, _ in hits}
+    defined = {(key, f.name, f.lineno) for key, script in scripts.items() for f in script.functions}
     for script, name, line in sorted(hits, key=lambda hit: hit[2]):
-        if any(f.name == name and f.lineno == line for f in script.functions):
+        if (id(script), name, line) in defined:
             return script, name, line
     return min(hits, key=lambda hit: hit[2])
 

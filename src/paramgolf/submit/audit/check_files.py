@@ -65,7 +65,7 @@ def _scripts(submission: Submission) -> Iterator[Finding]:
                 sizes = ", ".join(f"{inner.size:,}" for inner in layer.layers)
                 yield finding("code-packed", f"{layer.size:,} bytes hold {sizes} bytes of code", layer.name)
             for line in layer.bombs:
-                yield finding("code-bomb", "unpacks to more than 16 MiB or too many layers", layer.at(line))
+                yield finding("code-bomb", "unpacks to more than is read, or in too many layers", layer.at(line))
             for line in layer.opaque:
                 yield finding("code-opaque", "exec/eval of a value not determined by reading", layer.at(line))
             for line, target in layer.indirect:

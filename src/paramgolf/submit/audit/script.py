@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from paramgolf.submit.audit.newer_python import blank_fstrings
-from paramgolf.submit.audit.unpack import MAX_CODE, MAX_DEPTH, Bomb, Literals, Opaque
+from paramgolf.submit.audit.unpack import MAX_CODE, MAX_DEPTH, Bomb, Budget, Literals, Opaque
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -34,6 +34,7 @@ class Script:
     bombs: list[int] = field(default_factory=list)  # lines
     opaque: list[int] = field(default_factory=list)
     indirect: list[tuple[int, str]] = field(default_factory=list)  # line, file name run ("" = not determined)
+    budget: Budget = field(default_factory=Budget, compare=False)  # its layers have the same
 
     @cached_property
     def lines(self) -> list[str]:
@@ -49,7 +50,7 @@ class Script:
 
     @cached_property
     def literals(self) -> Literals:
-        return Literals(self.tree or ast.Module(body=[], type_ignores=[]))
+        return Literals(self.tree or ast.Module(body=[], type_ignores=[]), self.budget)
 
     @cached_property
     def identifiers(self) -> list[tuple[str, int]]:
@@ -91,9 +92,9 @@ def call_name(node: ast.Call) -> str:
     return node.func.id if isinstance(node.func, ast.Name) else ""
 
 
-def parse(name: str, text: str, size: int, depth: int = 0) -> Script:
+def parse(name: str, text: str, size: int, depth: int = 0, budget: Budget | None = None) -> Script:
     """Parse and unpack a script. A script that does not parse has `tree` None and `error` set."""
-    script = Script(name, text, size)
+    script = Script(name, text, size, budget=budget or Budget())
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # invalid escapes in the audited code are not ours to print
@@ -149,10 +150,15 @@ def _unpack_one(script: Script, node: ast.expr, line: int, runs: bool, depth: in
     text = value.decode("utf-8", "replace") if isinstance(value, bytes) else value
     if not isinstance(text, str) or (not runs and "import " not in text):
         return  # packed data, not code
-    if depth >= MAX_DEPTH or len(text) > MAX_CODE:
+    budget = script.budget
+    if (text, runs) in budget.parsed:
+        return
+    if depth >= MAX_DEPTH or len(text) > min(MAX_CODE, budget.code):
         script.bombs.append(line)
         return
-    layer = parse(f"{script.name}!unpacked", text, len(text.encode("utf-8", "replace")), depth + 1)
+    budget.parsed.add((text, runs))
+    budget.code -= len(text)
+    layer = parse(f"{script.name}!unpacked", text, len(text.encode("utf-8", "replace")), depth + 1, budget)
     if layer.tree is not None or runs:
         script.layers.append(layer)
 

@@ -1,7 +1,8 @@
 """Reads packed scripts without running them: evaluates literals, base-N decoders and decompressors only.
 
-Every decompression is bounded by `MAX_UNPACKED`, nesting by `MAX_DEPTH`. Anything else in an expression (a call of
-unknown code, a file, the network) makes it unreadable, which is reported and never guessed.
+Every decompression is bounded by `MAX_UNPACKED`, nesting by `MAX_DEPTH`, all layers of a script by one `Budget`.
+Anything else in an expression (a call of unknown code, a file, the network) makes it unreadable, which is reported and
+never guessed.
 """
 
 from __future__ import annotations
@@ -13,22 +14,42 @@ import bz2
 import lzma
 import zlib
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 MAX_UNPACKED = 16 << 20  # bytes; the whole artifact may have 16,000,000
 MAX_CODE = 4 << 20  # bytes of source that are parsed
 MAX_DEPTH = 4
-_MAX_STEPS = 20_000
 _MAX_WINDOW = 64 << 20  # bytes of LZMA dictionary; a header may ask for 4 GiB
 _LZMA_NAMES = {n: getattr(lzma, n) for n in dir(lzma) if n.startswith(("FORMAT_", "FILTER_", "PRESET_", "CHECK_"))}
 
 
 class Bomb(Exception):
-    """The expression unpacks to more than `MAX_UNPACKED` bytes."""
+    """The expression unpacks to more than `MAX_UNPACKED` bytes, or the script to more than its budget."""
 
 
 class Opaque(Exception):
     """The expression is not made of literals and known decoders."""
+
+
+@dataclass
+class Budget:
+    """What may still be spent on one script, its layers together: layers in layers multiply."""
+
+    steps: int = 20_000  # expressions evaluated
+    unpacked: int = 8 * MAX_UNPACKED  # bytes of their values; base 85 is decoded at 5 MB/s
+    code: int = MAX_DEPTH * MAX_CODE  # characters of layers parsed
+    parsed: set[tuple[str, bool]] = field(default_factory=set)  # layers, and whether they are run
+
+    def step(self) -> None:
+        self.steps -= 1
+        if self.steps < 0:
+            raise Bomb  # b = a + a; c = b + b; ... doubles the work with every name
+
+    def unpack(self, size: int) -> None:
+        self.unpacked -= size
+        if self.unpacked < 0:
+            raise Bomb
 
 
 def _bounded(data: bytes) -> bytes:
@@ -68,16 +89,17 @@ _DECODE: dict[str, Callable[..., bytes]] = {
 }  # fmt: skip
 _DECODE["unhexlify"] = binascii.unhexlify
 _DECODE["fromhex"] = bytes.fromhex
+_BROKEN = (ValueError, TypeError, OverflowError, AssertionError, EOFError, MemoryError, lzma.LZMAError, zlib.error,
+           OSError)  # fmt: skip
 
 
 class Literals:
     """A static evaluator over one module: names bound once to literals, imports and their aliases."""
 
-    def __init__(self, tree: ast.Module) -> None:
+    def __init__(self, tree: ast.Module, budget: Budget) -> None:
         self.modules: dict[str, str] = {}
         self.names: dict[str, ast.expr] = {}
-        self._steps = 0
-        self._unpacked = 0
+        self.budget = budget
         for node in ast.walk(tree):
             if isinstance(node, ast.Import):
                 for item in node.names:
@@ -93,12 +115,15 @@ class Literals:
 
     def value(self, node: ast.expr, depth: int = 0) -> Any:
         """The value of `node`. Raises Opaque, or Bomb beyond the bounds."""
-        self._steps += 1
-        if self._steps > _MAX_STEPS:
-            raise Bomb  # b = a + a; c = b + b; ... doubles the work with every name
+        self.budget.step()
         if depth > 40:
             raise Opaque
-        down = depth + 1
+        found = self._value(node, depth + 1)
+        if isinstance(found, str | bytes):
+            self.budget.unpack(len(found))
+        return found
+
+    def _value(self, node: ast.expr, down: int) -> Any:
         if isinstance(node, ast.Constant):
             return node.value
         if isinstance(node, ast.Name) and node.id in self.names:
@@ -106,7 +131,7 @@ class Literals:
         if isinstance(node, ast.List | ast.Tuple):
             return [self.value(item, down) for item in node.elts]
         if isinstance(node, ast.Dict) and all(node.keys):
-            return {self.value(k, down): self.value(v, down) for k, v in zip(node.keys, node.values, strict=True) if k}
+            return self._dict(node, down)
         if isinstance(node, ast.Attribute) and node.attr in _LZMA_NAMES:
             return _LZMA_NAMES[node.attr]
         if isinstance(node, ast.UnaryOp | ast.BinOp):
@@ -114,6 +139,13 @@ class Literals:
         if isinstance(node, ast.Call):
             return self._call(node, down)
         raise Opaque
+
+    def _dict(self, node: ast.Dict, depth: int) -> dict[Any, Any]:
+        pairs = zip(node.keys, node.values, strict=True)
+        try:
+            return {self.value(k, depth): self.value(v, depth) for k, v in pairs if k}
+        except TypeError as error:  # a list is no key
+            raise Opaque from error
 
     def _operation(self, node: ast.UnaryOp | ast.BinOp, depth: int) -> Any:
         """`-1` and `"a" + "b"`; a product could be a bomb."""
@@ -148,11 +180,7 @@ class Literals:
         module, _, last = name.rpartition(".")
         try:
             if last == "decompress" and module in _DECOMPRESS:
-                result = _DECOMPRESS[module](*self._args(node, depth), **self._kwargs(node, depth))
-                self._unpacked += len(result)
-                if self._unpacked > 4 * MAX_UNPACKED:
-                    raise Bomb
-                return result
+                return self._decompress(module, self._args(node, depth), self._kwargs(node, depth))
             if last in _DECODE and module in ("base64", "binascii", "bytes"):
                 return _DECODE[last](*self._args(node, depth))
             if name == "compile" and node.args:
@@ -165,11 +193,18 @@ class Literals:
                     return inner.encode()
                 if last == "strip" and isinstance(inner, str | bytes):
                     return inner.strip()
-        except (ValueError, TypeError, EOFError, MemoryError, lzma.LZMAError, zlib.error, OSError) as error:
+        except _BROKEN as error:
             if "emory" in str(error):
                 raise Bomb from error
             raise Opaque from error
         raise Opaque
+
+    def _decompress(self, module: str, args: list[Any], kwargs: dict[str, Any]) -> bytes:
+        try:
+            return _DECOMPRESS[module](*args, **kwargs)
+        except (Bomb, *_BROKEN):
+            self.budget.unpack(MAX_UNPACKED)  # as much may have been unpacked until it failed
+            raise
 
     def _args(self, node: ast.Call, depth: int) -> list[Any]:
         return [self.value(argument, depth) for argument in node.args]
