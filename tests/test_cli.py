@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.run_common import error_line, golf, golf_here, prose
+from tests.run_common import error_line, golf, golf_here, one_thread, prose
 from tests.test_text_files import make_artifact
 
 GOLF = f"{sys.executable} -m paramgolf"
@@ -32,6 +32,40 @@ def test_a_reader_that_left_before_the_first_line_is_no_error() -> None:
 @pytest.mark.parametrize("stderr", ["2>&-", "2>/dev/full"])
 def test_bad_input_exits_with_2_where_stderr_takes_nothing(stderr: str) -> None:
     assert subprocess.run(["bash", "-c", f"{GOLF} nosuch {stderr}"], check=False).returncode == 2
+
+
+def test_closed_standard_streams_are_one_line(tmp_path: Path) -> None:
+    make_artifact(tmp_path / "model.golf")
+    (tmp_path / "t").write_text(prose(300))
+    for command, said in [
+        ("compress -m model.golf -o z.gtx <&-", "standard input is closed"),
+        ("decompress -m model.golf -o z <&-", "standard input is closed"),
+        ("compress t -m model.golf -o - >&-", "standard output is closed"),
+        ("sample model.golf x >&-", "standard output is closed"),
+    ]:
+        line = ["bash", "-c", f"{GOLF} {command}"]
+        done = subprocess.run(line, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=one_thread(), check=False)
+        assert done.returncode == 2 and done.stderr.startswith("golf: error: ") and said in done.stderr, done.stderr
+        assert done.stderr.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.golf", "t"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["prove", "--set", "anything"], "--set anything: only ttt.* can be set for a proof"),
+        (["prove", "--set", "ttt.lr=0.003"], "--set ttt.lr has no effect without --ttt; add it"),
+        (["prove", "--ttt", "--set", "tilt.orders=[8]"], "--set tilt.orders=[8]: only ttt.* can be set for a proof"),
+        (["score", "--set", "tilt.orders=[8]", "--set", "ttt.lr=0.003"], "--set ttt.lr has no effect without --ttt"),
+    ],
+)
+def test_settings_that_would_change_nothing_are_refused_by_name(
+    arguments: list[str], said: str, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    artifact = make_artifact(tmp_path / "model.golf")
+    (tmp_path / "t").write_text(prose(300))
+    command, *rest = arguments
+    assert said in error_line(golf_here(capfd, command, artifact, "--data", tmp_path / "t", *rest))
 
 
 def test_no_character_is_beyond_the_terminal(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import resource
 from functools import lru_cache
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 
 from paramgolf.data import builtin, compact
 from paramgolf.data.bpe import train_bpe
+from paramgolf.data.range_coder import Encoder, Number
 from paramgolf.data.sp_model import build, own_pieces, parse
 from paramgolf.data.tokenizer import Tokenizer
 from paramgolf.errors import GolfError
@@ -210,6 +213,43 @@ def test_hostile_compact_bytes_give_one_clear_error(data: bytes, kind: int) -> N
         compact.unpack(bytes([kind]) + data)
     except GolfError as error:
         assert "damaged" in str(error)
+
+
+def test_a_large_vocabulary_in_canonical_order_is_coded() -> None:
+    chars = [chr(0x4E00 + i) for i in range(2)]
+    merges = ["".join(word) for size in range(2, 14) for word in itertools.product(chars, repeat=size)]
+    assert len(merges) == 16_380
+    model = build(own_pieces(compact.canonical(merges, chars), chars))
+    packed_model = compact.pack(model)
+    assert packed_model[0] == 1 and compact.unpack(packed_model) == model
+
+
+def test_an_order_that_would_take_long_to_decode_is_refused_and_packed_plainly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One merge a bucket: the steps are the square of the vocabulary."""
+    monkeypatch.setattr(compact, "_MAX_STEPS", 1 << 14)
+    count, chars = 200, ["a"]
+    coder, number = Encoder(), Number()
+    number.write(coder, count)
+    number.write(coder, 1)
+    Number().write(coder, ord("a"))
+    state = compact._Coder(chars, count)
+    for _ in range(count):
+        state._encode_bucket(coder, [(0, 0)])
+        state.add([(0, 0)])
+    with pytest.raises(GolfError, match="damaged"):
+        compact.unpack(b"\1" + coder.finish())
+    letters = [chr(0x4E00 + i) for i in range(count)]
+    model = build(own_pieces([letter + letters[0] for letter in reversed(letters)], letters))
+    packed_model = compact.pack(model)
+    assert packed_model[0] == 0 and compact.unpack(packed_model) == model
+
+
+def test_more_pieces_than_a_shard_can_hold_are_refused_as_they_are_read() -> None:
+    model = b"\x0a\x00" * (1 << 25)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(GolfError, match="more than 65536 pieces"):
+        Tokenizer(model)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 18  # KiB
 
 
 @settings(max_examples=40, deadline=None)

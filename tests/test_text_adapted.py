@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +15,13 @@ import torch
 
 from paramgolf.data.sources import SEPARATOR
 from paramgolf.errors import CheckFailed, GolfError
+from paramgolf.model.gpt import GPT
+from paramgolf.pack.wire import varint
+from paramgolf.recipe.load import load_recipe, recipe_names
 from paramgolf.recipe.sections import TttSection
 from paramgolf.score.scorer import OneByteEach
 from paramgolf.score.ttt.scorer import score_adapted
-from paramgolf.text.adapted import decode_adapted, encode_adapted
+from paramgolf.text.adapted import check_codable, check_room, decode_adapted, encode_adapted
 from paramgolf.text.prove import prove, ttt_section
 from tests.model_common import PARTS, small_gpt
 from tests.run_common import prose
@@ -84,11 +90,56 @@ def test_another_model_or_a_damaged_stream_is_noticed() -> None:
         (TttSection(kind="sgd"), r"ttt\.kind=sgd cannot be proved"),
         (TttSection(kind="lora", order="longest"), r"ttt\.order=longest cannot be proved"),
         (TttSection(kind="lora", rank=5000), r"ttt\.rank up to 1024"),
+        (TttSection(kind="lora", grad_steps=1 << 53), r"ttt\.grad_steps up to 64"),
+        (TttSection(kind="phased", phases=50_000_000), r"ttt\.phases up to 64"),
+        (TttSection(kind="phased", sgd_epochs=65), r"ttt\.sgd_epochs up to 64"),
     ],
 )
 def test_what_a_decoder_could_not_follow_is_refused(section: TttSection, message: str) -> None:
     with pytest.raises(GolfError, match=message):
         encode_adapted(small_gpt(vocab=VOCAB), stream(), section, seq_len=SEQ, tolerance=1e-4)
+
+
+def payload(section: dict[str, Any], targets: list[int]) -> bytes:
+    """What `decode_adapted` is given, up to the coded streams."""
+    said = json.dumps(section).encode()
+    return b"".join([varint(len(said)), said, varint(len(targets)), *map(varint, targets)])
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"kind": "lora", "grad_steps": 1 << 53, "chunk": 1}, r"ttt\.grad_steps up to 64"),
+        ({"kind": "lora", "rank": 1024, "batch_docs": 400}, r"lower ttt\.rank or ttt\.batch_docs"),
+        ({"kind": "lora", "rank": 1, "chunk": 1 << 20, "context": 1 << 20}, r"lower ttt\.chunk"),
+    ],
+)
+def test_settings_that_would_take_all_memory_or_time_are_refused_on_both_sides(
+    section: dict[str, Any], message: str
+) -> None:
+    model, documents = small_gpt(vocab=VOCAB), 400
+    with pytest.raises(GolfError, match=message):
+        decode_adapted(model, payload(section, [2] * documents), seq_len=SEQ, limit=1 << 20)
+    tokens = np.tile(np.array([BOS, 5, 6], np.uint16), documents)
+    with pytest.raises(GolfError, match=message):
+        encode_adapted(model, tokens, TttSection(**section), seq_len=SEQ, tolerance=1e-4)
+
+
+def test_the_adapters_that_shipped_recipes_ask_for_fit() -> None:
+    for name in recipe_names():
+        recipe = load_recipe(name)
+        with torch.device("meta"):
+            model = GPT(recipe.model, recipe.data.vocab_size)
+        check_room(model, recipe.ttt, 50_000)
+        check_codable(dataclasses.replace(recipe.ttt, kind="phased", order="stream"))
+
+
+def test_memory_follows_what_is_decoded_not_what_is_promised() -> None:
+    hostile = payload({"kind": "lora", "rank": 1}, [1 << 29]) + varint(0)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(GolfError, match="coded stream"):
+        decode_adapted(small_gpt(vocab=VOCAB), hostile, seq_len=64, limit=1 << 30)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20  # KiB
 
 
 def test_a_proof_with_test_time_training(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import random
 import subprocess
@@ -20,7 +21,8 @@ from paramgolf.model.gpt import GPT
 from paramgolf.pack.packer import pack_model
 from paramgolf.recipe.load import load_recipe
 from paramgolf.text.blocks import TextModel, decode_frame, encode_lanes
-from paramgolf.text.format import Content, Frame, Kind, describe
+from paramgolf.text.format import HEADER_BYTES, Content, Frame, Kind, describe
+from paramgolf.text.pieces import MAX_LANES
 from paramgolf.text.stream import compress, decompress
 from tests.run_common import error_line, golf_here, one_thread, prose
 
@@ -137,6 +139,24 @@ def test_frames_that_would_unpack_to_more_are_stopped(model: TextModel) -> None:
     bomb = zstandard.ZstdCompressor(level=3).compress(bytes(50_000_000))
     with pytest.raises(GolfError, match="checksum"):
         decode_frame(Frame(Kind.ZSTD, 5000, 0, bomb), model.header(Content.FILE), None)
+
+
+def test_more_lanes_than_any_writer_makes_are_refused(model: TextModel) -> None:
+    """Each would take keys and values of a whole window."""
+    header = model.header(Content.FILE)
+    tokens = np.array([model.tokenizer.bos_id, 5] * (MAX_LANES + 1), np.uint16)
+    assert model.lane_limit(header.seq_len) > MAX_LANES
+    for lanes in (MAX_LANES, MAX_LANES + 1):
+        data = model.encode(header, tokens[: 2 * lanes], tuple(range(0, 2 * lanes, 2)))
+        with contextlib.nullcontext() if lanes == MAX_LANES else pytest.raises(GolfError, match="impossible size"):
+            assert len(model.decode(header, data, 1000)) == MAX_LANES
+
+
+def test_windows_that_are_not_the_models_are_refused(model: TextModel) -> None:
+    header = dataclasses.replace(model.header(Content.FILE), seq_len=1, stride=1)
+    data = header.pack() + packed(TEXT, model)[HEADER_BYTES:]
+    with pytest.raises(GolfError, match="windows of 1 tokens, its model has 64"):
+        unpacked(data, model)
 
 
 def test_another_model(model: TextModel, tmp_path: Path) -> None:

@@ -142,7 +142,9 @@ def score_command(
 ) -> None:
     """Bits per byte of a text under an artifact: standard windows, and sliding ones."""
     import paramgolf
+    from paramgolf.score.ttt.settings import check_used
 
+    check_used(settings or [], ttt)
     model = paramgolf.load(cli_text.artifact_path(artifact))
     result = model.score_data(
         data, stride=stride, seq_len=seq_len, check_legality=check_legality, ttt=ttt, settings=settings or []
@@ -173,6 +175,7 @@ def sample_command(
     """Continue a text with the model, as it is generated."""
     import paramgolf
 
+    cli_text.check_stdout()
     model = paramgolf.load(cli_text.artifact_path(artifact))
     settings = {} if top_p is None else {"top_p": top_p}
     pieces = model.stream(

@@ -118,8 +118,9 @@ def prove_command(
     """Code documents with the model, decode them in another process, compare: the score as the size of a file."""
     path = artifact_path(artifact)
     from paramgolf.runner.proof import own_validation, proof_text, record_of, record_proof
-    from paramgolf.text.prove import prove, ttt_section
+    from paramgolf.text.prove import check_words, prove, ttt_section
 
+    check_words(settings or [], ttt)
     data = data or own_validation(artifact)
     recorded = record_of(artifact) is not None  # or refused, before any work
 
@@ -169,13 +170,14 @@ def _convert(source: Path | None, target: Path | None, verb: str, work: Work) ->
 
     label = verb if source is None else f"{verb} {source.name}"
     try:
-        with ProgressReport() as report, source.open("rb") if source else sys.stdin.buffer as reader:
+        with ProgressReport() as report, source.open("rb") if source else _open_stdin() as reader:
             total = source.stat().st_size if source and verb == "compress" else None
 
             def progress(done: int) -> None:
                 report(label, done, total)
 
             if target is None:
+                check_stdout()
                 if sys.stdout.isatty() and verb == "compress":
                     raise GolfError("standard output is a terminal; redirect it or use -o")
                 said = work(source, reader, sys.stdout.buffer, progress)
@@ -191,6 +193,18 @@ def _convert(source: Path | None, target: Path | None, verb: str, work: Work) ->
             raise GolfError(f"cannot write standard output: {error.strerror}; free space") from error
         raise GolfError(f"{source or 'standard input'}: {error.strerror or error}; check the file") from error
     typer.echo(f"{label}: {said}" + (f" -> {target}" if target else ""), err=True)
+
+
+def _open_stdin() -> BinaryIO:
+    if sys.stdin is None:
+        raise GolfError("standard input is closed; pipe the data in, or name a file")
+    return sys.stdin.buffer
+
+
+def check_stdout() -> None:
+    """GolfError where there is no standard output to write to."""
+    if sys.stdout is None:
+        raise GolfError("standard output is closed; open it, or send it to a file")
 
 
 def artifact_path(path: Path) -> Path:

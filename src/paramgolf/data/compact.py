@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from paramgolf.data.caseops import OPERATORS
 from paramgolf.data.range_coder import Bit, Decoder, Encoder, Frequencies, Number
-from paramgolf.data.sp_model import NORMAL, build, own_pieces, parse
+from paramgolf.data.sp_model import MAX_PIECES, NORMAL, build, own_pieces, parse
 from paramgolf.errors import GolfError
 
 MAX_MODEL_BYTES = 1 << 26
@@ -23,7 +23,7 @@ _FILTERS = [
     {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": 1 << 22, "lc": 3, "lp": 0, "pb": 0}
 ]
 _MAX_PIECE = 256  # characters
-_MAX_PIECES = 65536
+_MAX_STEPS = 1 << 22  # of all buckets; 65,536 pieces in canonical order take a sixth
 _BUCKET_SHARE, _BUCKET_LEAST = 8, 16
 _OWN = {b"\1": "", b"\2": OPERATORS}  # first byte -> user-defined symbols of a model of our own
 _ADD, _NEW = 4, 1  # frequency of a right half: 4 for each use, 1 before the first
@@ -125,6 +125,13 @@ class _Coder:
         self.halves = _Halves(chars)
         self.rights = Frequencies(len(chars) + merges, [_NEW] * len(chars))
         self._more: dict[tuple[int, int], Bit] = {}
+        self._steps = 0
+
+    def room(self) -> bool:
+        """Whether another bucket may follow. Each takes a step for every piece so far: buckets of one merge would make
+        that the square of the vocabulary."""
+        self._steps += len(self.halves.text)
+        return self._steps <= _MAX_STEPS
 
     def more(self, piece: int, so_far: int) -> Bit:
         """Whether `piece` is the left half of another merge of this bucket."""
@@ -137,7 +144,7 @@ class _Coder:
             self.rights.append(_NEW)
 
     def encode(self, merges: Sequence[str]) -> bytes | None:
-        """The coded model; None if some piece is no concatenation of two earlier ones."""
+        """The coded model; None if some piece is no concatenation of two earlier ones, or the order is too wild."""
         coder, number = Encoder(), Number()
         number.write(coder, len(merges))
         number.write(coder, len(self.chars))
@@ -148,7 +155,7 @@ class _Coder:
         done = 0
         while done < len(merges):
             bucket = self._next_bucket(merges, done)
-            if not bucket:
+            if not bucket or not self.room():
                 return None
             self._encode_bucket(coder, bucket)
             self.add(bucket)
@@ -180,7 +187,7 @@ def _decode(data: bytes) -> tuple[list[str], list[str]]:
     """(merges, chars) of a coded model."""
     coder, number = Decoder(data), Number()
     count, letters = number.read(coder), number.read(coder)
-    if count + letters > _MAX_PIECES - 260:
+    if count + letters > MAX_PIECES - 260:
         raise _Damaged
     gaps, last, chars = Number(), -1, []
     for _ in range(letters):
@@ -190,6 +197,8 @@ def _decode(data: bytes) -> tuple[list[str], list[str]]:
         chars.append(chr(last))
     state = _Coder(chars, count)
     while len(state.halves.text) < letters + count:
+        if not state.room():
+            raise _Damaged
         bucket = _decode_bucket(coder, state, letters + count - len(state.halves.text))
         if not bucket or max(len(state.halves.text[a]) + len(state.halves.text[b]) for a, b in bucket) > _MAX_PIECE:
             raise _Damaged

@@ -14,6 +14,7 @@ from paramgolf.errors import GolfError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 BPE = 2
+MAX_PIECES = 65_536  # a token takes two bytes in a shard
 SPACE = "\u2581"  # SentencePiece writes a blank as this character
 
 _NOT_A_MODEL = "not a SentencePiece model (.model file); give one made by SentencePiece or leave data.tokenizer empty"
@@ -118,13 +119,15 @@ def _parse_piece(data: bytes) -> Piece:
 
 
 def parse(data: bytes) -> SpModel:
-    """The model in `data`; GolfError if it is none."""
+    """The model in `data`; GolfError if it is none or does not fit in uint16 ids."""
     pieces: list[Piece] = []
     trainer: dict[int, int | float | bytes] = {}
     normalizer: dict[int, int | float | bytes] = {}
     for number, value in _fields(data):
         if isinstance(value, bytes):
             if number == 1:
+                if len(pieces) == MAX_PIECES:
+                    raise GolfError(f"tokenizer has more than {MAX_PIECES} pieces, the most that a shard can hold")
                 pieces.append(_parse_piece(value))
             elif number == 2:
                 trainer = dict(_fields(value))

@@ -40,8 +40,6 @@ class Tokenizer:
         self._model = bytes(model)
         self._spec = sp_model.parse(self._model)
         self.vocab_size = len(self._spec.pieces)
-        if self.vocab_size > 65536:
-            raise GolfError(f"tokenizer has {self.vocab_size} pieces; the shard format holds at most 65536")
         self._processor = sentencepiece.SentencePieceProcessor()
         try:
             self._processor.LoadFromSerializedProto(self._model)

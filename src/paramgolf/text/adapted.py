@@ -27,13 +27,17 @@ from paramgolf.recipe.sections import TttSection
 from paramgolf.score import coder
 from paramgolf.score.stream import SAMPLE_TOKENS
 from paramgolf.score.ttt.adapt import Adaptation, adapting
+from paramgolf.score.ttt.adapters import Adapters
 from paramgolf.score.ttt.documents import Document, documents_of
 from paramgolf.score.ttt.group import Chunk, Group
 from paramgolf.score.ttt.settings import settings_of
 
 Progress = Callable[[int, int], None]
 MAX_SETTINGS = 1 << 14
-MAX_SLOTS, MAX_RANK, MAX_CONTEXT = 4096, 1024, 1 << 20  # whatever a file claims
+# Whatever a file claims.
+MOST = {"rank": 1024, "batch_docs": 4096, "context": 1 << 20, "grad_steps": 64, "phases": 64, "sgd_epochs": 64}
+LEAST_ROOM, ROOM_SHARE = 1 << 26, 16  # numbers in the adapters: always allowed, and for each weight of the model
+MAX_CHUNKS = 1 << 24  # tokens in a chunk of all documents side by side
 
 
 def check_codable(section: TttSection) -> None:
@@ -42,10 +46,27 @@ def check_codable(section: TttSection) -> None:
         raise GolfError(f"ttt.kind={section.kind} cannot be proved; use lora or phased")
     if section.order != "stream":
         raise GolfError(f"ttt.order={section.order} cannot be proved: a decoder reads from left to right; use stream")
-    if section.rank > MAX_RANK or section.batch_docs > MAX_SLOTS or section.context > MAX_CONTEXT:
+    for key, most in MOST.items():
+        if getattr(section, key) > most:
+            raise GolfError(f"a proof takes ttt.{key} up to {most}; lower it")
+
+
+def check_room(model: GPT, section: TttSection, documents: int) -> None:
+    """GolfError where the adapters, or a chunk of each of so many documents, would take more memory than any recipe's
+    do."""
+    slots = min(section.batch_docs, documents)
+    adapted = sum(i + o for i, o in Adapters(model, section, 0).sizes.values())
+    most = max(LEAST_ROOM, ROOM_SHARE * sum(p.numel() for p in model.parameters()))
+    if slots * section.rank * adapted > most:
         raise GolfError(
-            f"a proof takes ttt.rank up to {MAX_RANK}, ttt.batch_docs up to {MAX_SLOTS} and ttt.context up to "
-            f"{MAX_CONTEXT}; lower them"
+            f"adapters of ttt.rank={section.rank} for {slots} documents are {slots * section.rank * adapted:,} numbers "
+            f"and a proof with this model takes {most:,}; lower ttt.rank or ttt.batch_docs"
+        )
+    chunk = max(section.chunk, *(size for _, size in section.short_chunks), 1)
+    if slots * chunk > MAX_CHUNKS:
+        raise GolfError(
+            f"chunks of {chunk} tokens of {slots} documents are more than the {MAX_CHUNKS:,} tokens a proof takes at "
+            "once; lower ttt.chunk, ttt.short_chunks or ttt.batch_docs"
         )
 
 
@@ -56,6 +77,7 @@ def encode_adapted(
     """(the stream `tokens` as bytes, the bits of its score). It begins with `bos_id`."""
     check_codable(section)
     documents = documents_of(tokens, bos_id)
+    check_room(model, section, len(documents))
     said = json.dumps(_plain(section), separators=(",", ":"), sort_keys=True).encode()
     out = [varint(len(said)), said, varint(len(documents)), *(varint(d.targets) for d in documents)]
     adaptation = Adaptation(model, section, tokens, documents, seq_len)
@@ -114,11 +136,13 @@ def decode_adapted(
     targets = [reader.varint(limit) for _ in range(reader.varint(limit))]
     if not targets or min(targets) < 1 or sum(targets) >= limit:
         raise reader.fault("documents of impossible sizes")
+    check_room(model, section, len(targets))
     starts = np.cumsum([0, *targets])
     documents = [Document(i, int(at), n + 1) for i, (at, n) in enumerate(zip(starts, targets, strict=False))]
     stream = np.zeros(int(starts[-1]) + 1, np.int64)
     stream[starts[:-1]] = bos_id
-    adaptation = Adaptation(model, section, stream, documents, seq_len)
+    adaptation = Adaptation(model, section, stream[:0], documents, seq_len)
+    adaptation.stream = torch.from_numpy(stream).to(adaptation.stream.device)  # a copy would touch all that is promised
     done = 0
     with adapting(model, max(seq_len, adaptation.context)):
         for number, batch in enumerate(adaptation.batches):

@@ -67,11 +67,16 @@ class TextModel:
         return Header(content, self.id, float(np.float32(tolerance)), self.seq_len, stride or self.seq_len)
 
     def check(self, header: Header, where: str) -> None:
-        """GolfError unless the file was made with this model."""
+        """GolfError unless the file was made with this model, and so in its windows."""
         if header.model != self.id:
             raise GolfError(
                 f"{where} was made with model {header.model.hex()[:16]}..., you gave {self.path} which is "
                 f"{self.sha256[:16]}...; give the model.golf with that SHA-256 by -m"
+            )
+        if header.seq_len != self.seq_len:
+            raise GolfError(
+                f"{where} has windows of {header.seq_len} tokens, its model has {self.seq_len}; the file is damaged: "
+                "get it again"
             )
 
     def lane_limit(self, seq_len: int) -> int:
@@ -99,7 +104,8 @@ class TextModel:
     def decode(self, header: Header, data: bytes, limit: int, progress: Progress | None = None) -> list[np.ndarray]:
         """The lanes of `encode`, at most `limit` tokens in all."""
         lengths = coder.Decoder(data).lengths
-        if sum(lengths.tolist()) > limit or len(lengths) > max(1, self.lane_limit(header.seq_len)):
+        lanes = max(1, min(MAX_LANES, self.lane_limit(header.seq_len)))  # what every writer keeps to
+        if sum(lengths.tolist()) > limit or len(lengths) > lanes:
             raise GolfError("a frame of impossible size; the file is damaged: get it again")
         with exact_arithmetic():
             return decode_stream(

@@ -32,7 +32,7 @@ from paramgolf.files import atomic_path, sha256_file
 from paramgolf.pack.container import read_artifact
 from paramgolf.recipe.sections import TttSection
 from paramgolf.score.scorer import score
-from paramgolf.score.ttt.settings import chosen, settings_of
+from paramgolf.score.ttt.settings import check_used, chosen, settings_of
 from paramgolf.text import format as form
 from paramgolf.text import pieces as cut
 from paramgolf.text.adapted import check_codable
@@ -107,8 +107,17 @@ def prove(
     return facts
 
 
+def check_words(words: Sequence[str], ttt: bool) -> None:
+    """GolfError for a word that would change nothing: a proof has no tilt, and most have no test-time training."""
+    for word in words:
+        if not word.strip().startswith("ttt."):
+            raise GolfError(f"--set {word}: only ttt.* can be set for a proof; leave it out")
+    check_used(words, ttt)
+
+
 def ttt_section(artifact: Path, words: Sequence[str]) -> TttSection:
     """How the artifact learns while it is scored, with `words` like "ttt.lr=0.01" applied."""
+    check_words(words, True)
     section, _ = settings_of(read_artifact(artifact).manifest, words)
     return chosen(section, True)
 

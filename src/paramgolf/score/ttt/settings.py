@@ -42,6 +42,14 @@ def ngram_of(manifest: Mapping[str, Any]) -> NgramSection:
     return from_table({"name": "artifact", "ngram": dict(part) if isinstance(part, dict) else {}}).ngram
 
 
+def check_used(words: Iterable[str], ttt: bool) -> None:
+    """GolfError for a word about test-time training where there is none."""
+    for word in words:
+        key = word.partition("=")[0].strip()
+        if key.startswith("ttt.") and not ttt:
+            raise GolfError(f"--set {key} has no effect without --ttt; add it")
+
+
 def settings_of(manifest: Mapping[str, Any], words: Iterable[str] = ()) -> tuple[TttSection, TiltSection]:
     """The sections of an artifact with `words` like "ttt.lr=0.01" or "tilt.orders=[16,8]" applied; GolfError for other
     words and for values out of range."""
