@@ -59,6 +59,7 @@ TOKENS = 1_000_000
 @dataclass(frozen=True)
 class _Vocabulary:
     vocab_size: int
+    bos_id: int = 1
 
 
 @dataclass(frozen=True)

@@ -87,14 +87,14 @@ def _salient(
 
 
 def check_added(section: QuantSection, specs: Iterable[TensorSpec]) -> None:
-    """GolfError for salient columns that no matrix of `specs` is wide enough for, and for a grid named like one that
+    """GolfError for salient columns that every matrix of `specs` is too narrow for, and for a grid named like one that
     columns or corrections bring along."""
     own = set(lqer.GRIDS) if section.lqer_tensors else set()
     if section.awq_columns:
         awq.check(section.method)
         own.add(awq.STORE)
         widest = max((s.shape[1] for s in specs if len(s.shape) == 2 and 0 < s.bits < awq.BITS), default=0)
-        if widest <= section.awq_columns:
+        if 0 < widest <= section.awq_columns:
             raise GolfError(
                 f"quant.awq_columns={section.awq_columns} is no part of a matrix: of those with fewer than {awq.BITS} "
                 f"bits the widest has {widest} columns; lower it, or set 0 for none"
