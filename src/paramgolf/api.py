@@ -104,6 +104,8 @@ class LanguageModel:
         nothing), and with the n-gram tilt if it has one; `settings` like "ttt.lr=0.01" or "tilt.orders=[16,8]" change
         that, and those of the tilt alone need no `ttt`."""
         stride = self._score_config("stride") if stride is None else stride
+        settings = list(settings)
+        adapt.check_used(settings, ttt)
         section, tilt = adapt.settings_of(self.config, settings)
         section = adapt.chosen(section, ttt)
         learns = section.kind != "none" or bool(tilt.orders)

@@ -142,9 +142,7 @@ def score_command(
 ) -> None:
     """Bits per byte of a text under an artifact: standard windows, and sliding ones."""
     import paramgolf
-    from paramgolf.score.ttt.settings import check_used
 
-    check_used(settings or [], ttt)
     model = paramgolf.load(cli_text.artifact_path(artifact))
     result = model.score_data(
         data, stride=stride, seq_len=seq_len, check_legality=check_legality, ttt=ttt, settings=settings or []
