@@ -69,3 +69,11 @@ def prose(size: int = 60_000) -> str:
 def one_thread() -> dict[str, str]:
     """The environment of a child process that shares the machine with other tests."""
     return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def refused(capfd: pytest.CaptureFixture[str], tmp_path: Path, *arguments: str | Path) -> str:
+    """The error line of a run that must not leave a folder."""
+    out = tmp_path / "run"
+    line = error_line(golf_here(capfd, "run", "pocket", *TINY, *arguments, "--out", out))
+    assert not out.exists(), list(out.rglob("*"))
+    return line
