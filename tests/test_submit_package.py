@@ -115,8 +115,7 @@ def test_a_name_that_git_cannot_tell_does_not_matter(
     (tmp_path / "git").write_text(f"#!/bin/sh\n{program}\n")
     (tmp_path / "git").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    monkeypatch.setattr("paramgolf.submit.package._GIT_SECONDS", 0.5)
-    assert known_author() == Author(name, name)
+    assert known_author(patience=0.5) == Author(name, name)
 
 
 def test_a_folder_with_something_in_it_is_left_alone(tmp_path: Path) -> None:

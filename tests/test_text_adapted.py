@@ -146,10 +146,10 @@ def test_a_proof_with_test_time_training(tmp_path: Path) -> None:
     artifact, text = make_artifact(tmp_path / "model.golf"), tmp_path / "val.txt"
     documents = [prose()[at : at + 300].strip().encode() for at in range(0, 1800, 300)]
     text.write_bytes(SEPARATOR.join(documents))
-    section = ttt_section(artifact, ["ttt.chunk=16", "ttt.batch_docs=4", "ttt.rank=2"])
-    assert section.kind == "lora" and section.chunk == 16
+    section = ttt_section(artifact, ["ttt.chunk=16", "ttt.batch_docs=4", "ttt.rank=2"], True)
+    assert section is not None and section.kind == "lora" and section.chunk == 16
     with pytest.raises(GolfError, match="only ttt"):
-        ttt_section(artifact, ["model.dim=3"])
+        ttt_section(artifact, ["model.dim=3"], True)
     proof = prove(artifact, str(text), ttt=section, say=lambda line: None)
     assert proof["documents"] == 6 and proof["ttt"] == "lora" and proof["text_bytes"] == sum(map(len, documents))
     score_bytes = proof["val_bpb_same_windows"] * proof["text_bytes"] / 8

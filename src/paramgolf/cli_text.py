@@ -118,16 +118,15 @@ def prove_command(
     """Code documents with the model, decode them in another process, compare: the score as the size of a file."""
     path = artifact_path(artifact)
     from paramgolf.runner.proof import own_validation, proof_text, record_of, record_proof
-    from paramgolf.text.prove import check_words, prove, ttt_section
+    from paramgolf.text.prove import prove, ttt_section
 
-    check_words(settings or [], ttt)
+    section = ttt_section(path, settings or [], ttt)
     data = data or own_validation(artifact)
     recorded = record_of(artifact) is not None  # or refused, before any work
 
     def say(line: str) -> None:
         typer.echo(line, err=True)
 
-    section = ttt_section(path, settings or []) if ttt else None
     proof = prove(
         path, data, limit=limit, stride=stride, lanes=lanes, tolerance=tolerance, ttt=section, out=out, say=say
     )

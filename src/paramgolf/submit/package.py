@@ -18,7 +18,7 @@ from typing import Any
 
 from paramgolf import __version__
 from paramgolf.errors import GolfError
-from paramgolf.lab.records import identity, read_record, run_folder
+from paramgolf.lab.records import identity, modified_ns, read_record, run_folder
 from paramgolf.recipe.load import from_table, load_recipe, to_table
 from paramgolf.runner.environment import source_sha256
 from paramgolf.runner.folder import RunFolder
@@ -28,7 +28,6 @@ from paramgolf.submit.render import log_text, readme_text
 
 CAP = 16_000_000  # decimal bytes of code and coded model
 _NEEDED = (*SHOWN, "codec", "windows", "val_loss", "val_loss_float")
-_GIT_SECONDS = 10.0
 SCRIPT, READABLE = "train_gpt.py", "train_gpt_readable.py"
 
 
@@ -145,7 +144,7 @@ def submission_facts(runs: Sequence[Run], author: Author, name: str, code_bytes:
     losses, bpbs = [run.score[0] for run in runs], [run.score[1] for run in runs]
     first, environment = runs[0].record, runs[0].record["environment"]
     world = int(first["training"]["world"])
-    written = datetime.fromtimestamp(max(run.folder.record.stat().st_mtime for run in runs), UTC)
+    written = datetime.fromtimestamp(max(modified_ns(run.folder.record.stat()) for run in runs) / 1e9, UTC)
     facts: dict[str, Any] = {
         "author": author.name,
         "github_id": author.github_id,
@@ -179,13 +178,13 @@ def submission_facts(runs: Sequence[Run], author: Author, name: str, code_bytes:
     }
 
 
-def known_author() -> Author:
-    """The name that git knows, else "unknown"."""
+def known_author(patience: float = 10.0) -> Author:
+    """The name that git tells within so many seconds, else "unknown"."""
     name = ""
     if shutil.which("git"):
         with contextlib.suppress(subprocess.SubprocessError):
             done = subprocess.run(
-                ["git", "config", "user.name"], capture_output=True, errors="replace", check=False, timeout=_GIT_SECONDS
+                ["git", "config", "user.name"], capture_output=True, errors="replace", check=False, timeout=patience
             )
             name = done.stdout.strip()
     return Author(name or "unknown", name or "unknown")

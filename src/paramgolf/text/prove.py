@@ -107,17 +107,15 @@ def prove(
     return facts
 
 
-def check_words(words: Sequence[str], ttt: bool) -> None:
-    """GolfError for a word that would change nothing: a proof has no tilt, and most have no test-time training."""
+def ttt_section(artifact: Path, words: Sequence[str], ttt: bool) -> TttSection | None:
+    """How the artifact learns while it is scored, with `words` like "ttt.lr=0.01" applied; None if it is not to.
+    GolfError for a word that would change nothing: a proof has no tilt."""
     for word in words:
         if not word.strip().startswith("ttt."):
             raise GolfError(f"--set {word}: only ttt.* can be set for a proof; leave it out")
     check_used(words, ttt)
-
-
-def ttt_section(artifact: Path, words: Sequence[str]) -> TttSection:
-    """How the artifact learns while it is scored, with `words` like "ttt.lr=0.01" applied."""
-    check_words(words, True)
+    if not ttt:
+        return None
     section, _ = settings_of(read_artifact(artifact).manifest, words)
     return chosen(section, True)
 
