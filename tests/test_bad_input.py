@@ -191,6 +191,7 @@ def test_every_recipe_that_ships_is_accepted_as_it_is(name: str) -> None:
         (["pocket", "optim.matrix_lr=nan"], ["optim.matrix_lr", "finite"]),
         (["pocket", "optim.matrix_lr=1e300"], ["optim.matrix_lr = 1e+300", "less than"]),
         (["pocket", "train.seq_len=0"], ["train.seq_len = 0"]),
+        (["pocket", "score.stride=257"], ["score.stride is 257", "256 tokens"]),
         (["pocket", "train.dtype=float8"], ["train.dtype = 'float8'", "'bfloat16'"]),
         (["pocket", "train.device=tpu"], ["train.device", "cpu or cuda"]),
         (["baseline", "model.num_heads=5"], ["num_heads", "not a multiple"]),

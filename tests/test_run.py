@@ -63,6 +63,13 @@ def test_a_finished_run_is_left_alone_and_an_occupied_folder_refused(tmp_path: P
         run(recipe, out=tmp_path / "other")
 
 
+def test_windows_side_by_side_are_scored_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    recipe = load_recipe("pocket", [*TINY, "score.stride=64"])
+    record = run(recipe, out=tmp_path / "run", clock=Clock(age=0.0))
+    assert record is not None and "val_bpb_sliding" not in record and record["val_bpb_ngram"] > 0
+    assert capfd.readouterr().err.count("scoring the file") == 1
+
+
 def test_the_same_seed_gives_the_same_file(tmp_path: Path) -> None:
     for name in ("a", "b"):
         run(tiny("pocket"), out=tmp_path / name, clock=Clock(age=0.0))

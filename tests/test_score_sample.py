@@ -158,6 +158,11 @@ def test_load_score_nll_sample(artifact: Path, tmp_path: Path) -> None:
     told = loaded.score_data(str(file))
     assert told["val_bpb"] == result.val_bpb and told["stride"] == 8 and "val_bpb_sliding" in told
     assert told["val_bpb_sliding"] == pytest.approx(loaded.score(text, stride=8).val_bpb)
+    assert "val_bpb_sliding" not in loaded.score_data(str(file), stride=32), (
+        "windows side by side are the standard score"
+    )
+    with pytest.raises(GolfError, match=r"score\.stride is 33, and a window has 32 tokens"):
+        loaded.score_data(str(file), stride=33)
     assert loaded.sample("the", max_tokens=5, seed=3) == "".join(loaded.stream("the", max_tokens=5, seed=3))
     assert loaded.config["vocab_size"] == loaded.tokenizer.vocab_size and len(loaded.sha256) == 64
     with pytest.raises(GolfError, match="empty"):

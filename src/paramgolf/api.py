@@ -28,6 +28,7 @@ from paramgolf.score.own_scorers import check_all
 from paramgolf.score.scorer import Score
 from paramgolf.score.ttt import settings as adapt
 from paramgolf.score.ttt.scorer import score_adapted
+from paramgolf.score.windows import overlapping
 
 Progress = Callable[[int, int], None]
 CPU_BATCH_TOKENS = 16_384  # larger batches only cost memory on a CPU
@@ -104,6 +105,7 @@ class LanguageModel:
         nothing), and with the n-gram tilt if it has one; `settings` like "ttt.lr=0.01" or "tilt.orders=[16,8]" change
         that, and those of the tilt alone need no `ttt`."""
         stride = self._score_config("stride") if stride is None else stride
+        stride = overlapping(stride, seq_len or self.seq_len)
         settings = list(settings)
         adapt.check_used(settings, ttt)
         section, tilt = adapt.settings_of(self.config, settings)

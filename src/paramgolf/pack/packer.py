@@ -22,7 +22,7 @@ from paramgolf.pack.solver import LOWEST, Fit, cap_of, rough_plan, solve
 from paramgolf.pack.stored import StoredTensor
 from paramgolf.quant.export import export, restore
 from paramgolf.quant.sensitivity import mixed
-from paramgolf.recipe.sections import ModelSection, QuantSection, Recipe, trained_seq_len
+from paramgolf.recipe.sections import ModelSection, QuantSection, Recipe, scored_seq_len, trained_seq_len
 from paramgolf.score.ttt.settings import manifest_part
 
 FORMAT = "paramgolf"
@@ -59,7 +59,7 @@ def manifest_of(recipe: Recipe, vocab_size: int, dtype: str = "") -> dict[str, A
         "vocab_size": vocab_size,
         "model": dataclasses.asdict(recipe.model),
         "score": {
-            "seq_len": recipe.score.seq_len or recipe.train.seq_len,
+            "seq_len": scored_seq_len(recipe),
             "train_seq_len": trained_seq_len(recipe),
             "stride": recipe.score.stride,
             "dtype": dtype or recipe.train.dtype,

@@ -1,6 +1,6 @@
 """The typed form of a recipe: one frozen dataclass for each section. Plain Python, no torch.
 
-Every key a recipe may set is here, with its unit, range and default; `golf recipes NAME` prints them.
+Every key a recipe may set is here, with its unit, range and default; `golf recipes NAME` prints the values.
 A component with settings of its own (a model part, say) keeps them in its own frozen `Config`, under
 `model.parts.<name>`; the recipe carries them as a plain table and the component checks them.
 """
@@ -195,7 +195,9 @@ class QuantSection:
 
     __pydantic_config__ = STRICT
     method: str = "rtn"  # a name of quant.QUANTIZERS
-    calibration_tokens: Positive = 65_536  # training text that gptq reads before packing, over all ranks
+    calibration_tokens: Positive = (
+        65_536  # training text read before packing, where something weighs by inputs; all ranks
+    )
     grids: dict[str, GridSection] = field(default_factory=dict)
     rules: tuple[RuleSection, ...] = ()  # in order; non-float tensors are kept as they are before any rule
     coarse_grid: str = ""  # the matrices that bear it best go on this grid instead of their own ...
@@ -351,6 +353,11 @@ class Recipe:
     ngram: NgramSection = field(default_factory=NgramSection)
     budget: BudgetSection = field(default_factory=BudgetSection)
     stages: tuple[StageSection, ...] = ()
+
+
+def scored_seq_len(recipe: Recipe) -> int:
+    """Tokens of a window of the score."""
+    return recipe.score.seq_len or recipe.train.seq_len
 
 
 def trained_seq_len(recipe: Recipe) -> int:

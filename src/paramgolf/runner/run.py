@@ -1,7 +1,7 @@
 """The main job: data -> train -> quantise -> pack -> score the file -> record. One recipe, one folder.
 
 Every score is taken from the artifact as read back from disk. The order of phases and which of them the time
-budget counts are the design's: tokenising, scoring and the report are measured and reported, not counted.
+budget counts are the design's: tokenising and scoring are measured and reported, not counted.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from paramgolf.quant.export import check_added
 from paramgolf.quant.hessian import collect, training_loss
 from paramgolf.quant.registry import QUANTIZERS
 from paramgolf.recipe.load import load_recipe, to_table
-from paramgolf.recipe.sections import NgramSection, Recipe, trained_seq_len
+from paramgolf.recipe.sections import NgramSection, Recipe, scored_seq_len, trained_seq_len
 from paramgolf.runner.environment import archive_source, installed_source
 from paramgolf.runner.folder import RunFolder, claim
 from paramgolf.runner.machine import SpeedWatch
@@ -46,6 +46,7 @@ from paramgolf.runner.reserve import calibrates, packing_seconds
 from paramgolf.score.scorer import Score, score
 from paramgolf.score.ttt.adapt import check_ttt
 from paramgolf.score.ttt.scorer import score_adapted
+from paramgolf.score.windows import overlapping
 from paramgolf.script.generate import code_bytes
 from paramgolf.text.peers import PEER_TEXT_LIMIT, compress_peers
 from paramgolf.train.callbacks import Callback, progress
@@ -177,7 +178,8 @@ def check(recipe: Recipe, vocab_size: int = 0, tokenizer_bytes: int = 0, code_by
     if not (recipe.budget.seconds or recipe.budget.steps or recipe.budget.tokens):
         raise GolfError("nothing ends the training: set budget.seconds, budget.steps or budget.tokens")
     check_switches(recipe)
-    check_ttt(recipe.ttt, recipe.score.seq_len or recipe.train.seq_len)
+    check_ttt(recipe.ttt, scored_seq_len(recipe))
+    overlapping(recipe.score.stride, scored_seq_len(recipe))
     vocab_size = vocab_size or recipe.data.vocab_size
     plan = plan_bytes(recipe, vocab_size, tokenizer_bytes=tokenizer_bytes or 2 * vocab_size, code_bytes=code_bytes)
     check_added(recipe.quant, plan.specs)
@@ -309,7 +311,7 @@ class Job:
         with self.clock.phase("read", outside=True):
             model = load_model(self.folder.artifact, self.dist.device).model
         with self.clock.phase("score", outside=True):
-            stride, ngram = self.recipe.score.stride, self.recipe.ngram
+            stride, ngram = overlapping(self.recipe.score.stride, scored_seq_len(self.recipe)), self.recipe.ngram
             results = self._score(model, "scoring the file", stride=0, ngram=None if stride else ngram).as_dict()
             if stride:
                 what = f"scoring the file, sliding by {stride}"
@@ -324,7 +326,7 @@ class Job:
         with self.phases.of("scoring the file, learning from what was scored") as progress:
             return score_adapted(
                 model, data.val_tokens(), recipe.ttt, recipe.tilt, token_bytes=data.tokenizer.token_bytes,
-                true_bytes=data.val_bytes, seq_len=recipe.score.seq_len or recipe.train.seq_len,
+                true_bytes=data.val_bytes, seq_len=scored_seq_len(recipe),
                 stride=recipe.score.stride, batch_tokens=recipe.score.batch_tokens,
                 lane_count=recipe.score.lanes, bos_id=data.tokenizer.bos_id,
                 dist=self.dist, limit_seconds=self._time_to_score(), progress=progress,
@@ -341,7 +343,7 @@ class Job:
         with self.phases.of(what) as progress:
             return score(
                 model, data.val_tokens(), token_bytes=data.tokenizer.token_bytes, true_bytes=data.val_bytes,
-                seq_len=section.seq_len or self.recipe.train.seq_len, stride=stride, batch_tokens=section.batch_tokens,
+                seq_len=scored_seq_len(self.recipe), stride=stride, batch_tokens=section.batch_tokens,
                 dist=self.dist, windows=section.windows, lane_count=section.lanes, bos_id=data.tokenizer.bos_id,
                 ngram=ngram, limit_seconds=self._time_to_score(), progress=progress,
             )  # fmt: skip

@@ -91,6 +91,15 @@ class Plan:
         return Plan(*picked, self.n_tokens, self.lane_starts)
 
 
+def overlapping(stride: int, seq_len: int) -> int:
+    """The stride, or 0 where windows lie side by side; GolfError where targets would be left between them."""
+    if stride > seq_len:
+        raise GolfError(
+            f"score.stride is {stride}, and a window has {seq_len} tokens: choose 1 to {seq_len}, or 0 for no overlap"
+        )
+    return stride if stride < seq_len else 0
+
+
 def plan(n_tokens: int, seq_len: int, stride: int, rule: str = "exact", *, lane_starts: Sequence[int] = (0,)) -> Plan:
     """The windows over a stream of `n_tokens` tokens; see the module's text for the rules.
 
