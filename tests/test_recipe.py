@@ -41,6 +41,11 @@ def test_children_inherit_and_the_origin_is_known(tmp_path: Path) -> None:
     assert resolved.origin["train.seq_len"] == "pr128.toml"
     assert resolved.origin["optim.matrix_lr"].startswith("override")
     assert "mlp_hidden = 640   # mine.toml" in recipe_text(resolved)
+    replaced = recipe_text(
+        resolve(str(child), ["quant.grids.int6={bits = 5}", "model.parts={value_embed = {dim = 8}}"])
+    )
+    assert "grids.int6.bits = 5   # override quant.grids.int6=" in replaced
+    assert "parts.value_embed.dim = 8   # override model.parts=" in replaced
 
 
 @pytest.mark.parametrize(
@@ -50,6 +55,7 @@ def test_children_inherit_and_the_origin_is_known(tmp_path: Path) -> None:
         ("model.mlp_hiden=3", ["model.mlp_hiden", "did you mean 'mlp_hidden'"]),
         ("model.dim=0", ["model.dim", "greater than or equal to 1", "override model.dim=0"]),
         ("model.dim=wide", ["model.dim", "'wide'", "integer"]),
+        ('quant.grids.int6={bits = 5, clip = "no"}', ["quant.grids.int6.clip", "set by override quant.grids.int6="]),
         ("budget.seconds=nan", ["budget.seconds", "finite"]),
         ("train.dtype=float8", ["train.dtype", "'float32' or 'bfloat16'"]),
         ("quant.qat=int5", ["quant.qat", "int5", "did you mean 'int"]),

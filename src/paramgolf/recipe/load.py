@@ -55,7 +55,7 @@ def resolve(name: str, overrides: Iterable[str] = ()) -> Resolved:
     for override in overrides:
         path, value = parse_override(override)
         _set(table, path, value, override)
-        origin[".".join(path)] = f"override {override}"
+        _came(origin, path, f"override {override}")
     return Resolved(from_table(table, origin), origin)
 
 
@@ -173,8 +173,23 @@ def _read_chain(name: str, seen: tuple[str, ...]) -> tuple[Table, dict[str, str]
     own.setdefault("name", Path(label).stem)
     for path, value in _leaves(own):
         _set(table, list(path), value, f"{label}: {'.'.join(path)}")
-        origin[".".join(path)] = label
+        _came(origin, path, label)
     return table, origin
+
+
+def _came(origin: dict[str, str], path: Sequence[str], source: str) -> None:
+    """Note where a value came from; of a table that it replaces nothing is left."""
+    key = ".".join(path)
+    for old in [name for name in origin if name.startswith(f"{key}.")]:
+        del origin[old]
+    origin[key] = source
+
+
+def origin_of(origin: Mapping[str, str], key: str) -> str:
+    """What set a dotted key, by itself or with the table that holds it; "" = nothing did."""
+    while key not in origin and "." in key:
+        key = key.rpartition(".")[0]
+    return origin.get(key, "")
 
 
 def _is_path(name: str) -> bool:
@@ -231,7 +246,7 @@ def _explain(error: ValidationError, origin: Mapping[str, str]) -> str:
     first = error.errors(include_url=False)[0]
     key = ".".join(str(part) for part in first["loc"])
     message = first["msg"][:1].lower() + first["msg"][1:]
-    where = origin.get(key, "")
+    where = origin_of(origin, key)
     shown = f" = {_short(repr(first['input']))}" if isinstance(first["input"], str | int | float | bool) else ""
     return f"recipe key {key}{shown}: {message}" + (f" (set by {_short(where)})" if where else "")
 

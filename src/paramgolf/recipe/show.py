@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from paramgolf.recipe.load import SECTIONS, Resolved, to_table
+from paramgolf.recipe.load import SECTIONS, Resolved, origin_of, to_table
 from paramgolf.recipe.sections import Recipe
 
 
@@ -25,8 +25,7 @@ def recipe_text(resolved: Resolved) -> str:
             lines += [f"{i}: {stage}" for i, stage in enumerate(table["stages"])] or ["(none)"]
             continue
         for path, value in _flatten(table[section]):
-            dotted = f"{section}.{path}"
-            origin = resolved.origin.get(dotted, "")
+            origin = origin_of(resolved.origin, f"{section}.{path}")
             lines.append(f"{path} = {_shown(value)}" + (f"   # {origin}" if origin else ""))
     return "\n".join(lines)
 
