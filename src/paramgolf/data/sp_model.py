@@ -38,7 +38,6 @@ class SpModel:
     byte_fallback: bool = True
     whitespace_suffix: bool = False
     charsmap: bytes = b""
-    normalizer: str = ""
     dummy_prefix: bool = True
     squeeze_blanks: bool = True
     escape_blanks: bool = True
@@ -140,14 +139,13 @@ def parse(data: bytes) -> SpModel:
         value = table.get(key, default)
         return _signed(value) if isinstance(value, int) else default
 
-    charsmap, name = normalizer.get(2, b""), normalizer.get(1, b"")
+    charsmap = normalizer.get(2, b"")
     return SpModel(
         pieces=pieces,
         model_type=number_of(trainer, 3, 1),
         byte_fallback=bool(number_of(trainer, 35, 0)),
         whitespace_suffix=bool(number_of(trainer, 24, 0)),
         charsmap=charsmap if isinstance(charsmap, bytes) else b"",
-        normalizer=name.decode("utf-8", "replace") if isinstance(name, bytes) else "",
         dummy_prefix=bool(number_of(normalizer, 3, 1)),
         squeeze_blanks=bool(number_of(normalizer, 4, 1)),
         escape_blanks=bool(number_of(normalizer, 5, 1)),

@@ -98,14 +98,14 @@ def closure(recipe: Recipe, *, own_tokenizer: bool) -> Reach:
         constants = Constants(reach, facts)
         texts, known = units.pruned(reach.kept), facts
         facts = learn(constants, facts)
-        changed = rewritten(reach, constants) if facts == known else {}
+        changed = rewritten(constants) if facts == known else {}
         texts |= changed
         if facts == known and not changed:
             break
     return reach
 
 
-def rewritten(reach: Reach, constants: Constants) -> dict[Place, str]:
+def rewritten(constants: Constants) -> dict[Place, str]:
     """Texts without what no caller needs, or with what has one caller put there."""
     sites = Sites(constants)
     return without_spare(sites) or inlined(sites)

@@ -14,11 +14,10 @@ _MANY = {"list", "tuple", "set", "Sequence", "Iterable", "Iterator", "dict", "Ma
 
 
 class Kind(NamedTuple):
-    """A class of the package; `many` = a collection of it; `optional` = or None."""
+    """A class of the package; `many` = a collection of it."""
 
     symbol: Symbol
     many: bool = False
-    optional: bool = False
 
 
 EXTERNAL = Kind(Symbol("", "?"))  # something whose class is not of the package: its attributes are not ours
@@ -72,7 +71,7 @@ class Types:
                 return None
             if not known:
                 return EXTERNAL
-            return known[0]._replace(optional=True) if len(known) == 1 and any(none) else None
+            return known[0] if len(known) == 1 and any(none) else None
         if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name) and node.value.id in _MANY:
             inner = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
             kinds = [self.annotation(module, part) for part in inner if not _is_dots(part)]

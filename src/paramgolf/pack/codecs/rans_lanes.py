@@ -35,7 +35,7 @@ class Tables:
     mirror: np.ndarray
 
     def __post_init__(self) -> None:
-        self.contexts, self.symbols = self.prior.shape
+        self.symbols = self.prior.shape[1]
         self.used = self.prior > 0
         self.counts = np.zeros(self.prior.size, np.int64)
 
