@@ -61,7 +61,7 @@ class Exam:
             pairs.add(pair)
         heads = np.flatnonzero(x[:-1] == self.bos_id) + 1
         picked: set[int] = set()
-        for pool, share in ((self._again, count // 3), (heads, count // 6), (free, count)):
+        for pool, share in ((self._again, count // 3), (heads, -(-count // 6)), (free, count)):
             usable = np.array(sorted(set(np.asarray(pool, dtype=np.int64).tolist()) & set(free.tolist()) - picked))
             wanted = min(share, len(usable), count - len(picked))
             if wanted > 0:
