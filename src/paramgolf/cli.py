@@ -126,7 +126,10 @@ def score_command(
     artifact: Artifact,
     data: Annotated[str, typer.Option(help="The text to score, whole ('-' = stdin); of a folder its validation part.")],
     stride: Annotated[
-        int | None, typer.Option(min=0, help="Also score with windows that advance by this many tokens; 0 = do not.")
+        int | None,
+        typer.Option(
+            min=0, help="Also score with windows that advance by so many tokens; 0 = do not. Default: the artifact's."
+        ),
     ] = None,
     seq_len: Annotated[int, typer.Option(min=0, max=1 << 20, help="Window length; 0 = the artifact's.")] = 0,
     check_legality: Annotated[
@@ -164,7 +167,8 @@ def sample_command(
     tokens: Annotated[int, typer.Option(min=1, help="At most so many tokens.")] = 200,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 = always the likeliest token.")] = 0.8,
     top_p: Annotated[
-        float | None, typer.Option(help="Sample from the smallest set with this probability, above 0; 1 = from all.")
+        float | None,
+        typer.Option(help="Sample from the smallest set with this probability; 1 = from all. Default: 0.95."),
     ] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Stop before this text (may be given several times).")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Same seed, same text.")] = 0,

@@ -19,7 +19,10 @@ def fit_command(
     data: Annotated[str, typer.Option(help="As of `golf run`. Default: built-in text.")] = "",
     out: Annotated[Path | None, typer.Option(help="Run folder. Default: runs/fit-N-S.")] = None,
     write: Annotated[
-        Path | None, typer.Option(help="Where the recipe goes. Default: beside the run folder.", metavar="RECIPE.toml")
+        Path | None,
+        typer.Option(
+            help="Where the recipe goes. Default: beside the run folder; with --dry-run nowhere.", metavar="RECIPE.toml"
+        ),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Choose and say why; train nothing.")] = False,
     as_json: AsJson = False,

@@ -20,7 +20,9 @@ def pack_command(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="quant.key=value or pack.key=value, e.g. quant.method=rtn pack.fit=false")
     ] = None,
-    max_bytes: Annotated[int, typer.Option("--bytes", metavar="N", min=0, help="Byte cap. Default: the run's.")] = 0,
+    max_bytes: Annotated[
+        int, typer.Option("--bytes", metavar="N", min=0, show_default=False, help="Byte cap. Default: the run's.")
+    ] = 0,
     frontier: Annotated[
         bool, typer.Option("--frontier", help="Pack a range of caps too and draw them into the run's report.")
     ] = False,

@@ -51,7 +51,7 @@ def sweep_command(
         Literal["median", "hyperband", "none"], typer.Option(help="When to stop a trial early, by training loss.")
     ] = "median",
     storage: Annotated[str, typer.Option(help="Database URL or journal file shared by machines.")] = "",
-    study: Annotated[str, typer.Option(help="Name in the storage. Default: the recipe's.")] = "",
+    study: Annotated[str, typer.Option(help="Name in the storage. Default: RECIPE-sweep.")] = "",
     out: Annotated[Path | None, typer.Option(help="Folder of trials. Default: sweeps/<recipe>.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the sampler, with one worker.")] = 0,
     as_json: AsJson = False,
@@ -70,7 +70,9 @@ def sweep_command(
     emit(result, as_json, sweep_text(result))
 
 
-@app.command("ablate", epilog="Example: golf ablate pocket --seeds 3 --steps 400 --only averaging --only parts.xsa")
+@app.command(
+    "ablate", epilog="Example: golf ablate pocket --seeds 3 --steps 400 --only averaging --only parts.attn_gate"
+)
 def ablate_command(
     recipe: Recipe,
     variants: Annotated[

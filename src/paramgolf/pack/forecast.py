@@ -187,10 +187,10 @@ def _solved_sizes(moved: Sequence[TensorSpec], recipe: Recipe, fixed: Sizes) -> 
 def forecast(state: Mapping[str, Tensor], recipe: Recipe, *, tokenizer_bytes: int = 0, code_bytes: int = 0) -> int:
     """Predicted bytes that the cap will count, if these weights were packed now; within 2 %, in about half a second.
 
-    A model of up to about a million weights is really rounded and coded. Of a larger one some rows of every matrix are
-    rounded and their zero-order entropy is taken, one histogram a role; what the codec makes of an entropy is measured
-    on whole matrices, as many as there is time for. With `pack.fit` the file is as large as its cap, where the grids
-    allow that.
+    A model of up to `_CODED` weights (two million with rans) is really rounded and coded. Of a larger one some rows of
+    every matrix are rounded and their zero-order entropy is taken, one histogram a role; what the codec makes of an
+    entropy is measured on whole matrices, as many as there is time for. With `pack.fit` the file is as large as its
+    cap, where the grids allow that.
     """
     state = {name: torch.nan_to_num(t.detach()) if t.is_floating_point() else t for name, t in state.items()}
     rest = _FIXED + (tokenizer_bytes if recipe.pack.count == "file" else code_bytes)

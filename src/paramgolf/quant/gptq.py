@@ -19,7 +19,7 @@ from paramgolf.quant.weighted import column_importance
 
 DAMPING = 0.01  # of the mean diagonal
 BLOCK = 128  # columns whose errors are spread at once
-RETRIES = 6  # each with ten times the damping, for a Hessian that rounding has made indefinite
+ATTEMPTS = 6  # each with ten times the damping, for a Hessian that rounding has made indefinite
 
 
 def quantize(weight: Tensor, grid: Grid, hessian: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -93,7 +93,7 @@ def _factor(hessian_CC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     mean = float(h_CC.diagonal().mean())
     ordered = h_CC[order][:, order]
     identity = torch.eye(len(order), dtype=h_CC.dtype, device=h_CC.device)
-    for attempt in range(RETRIES):
+    for attempt in range(ATTEMPTS):
         lower, failed = torch.linalg.cholesky_ex(ordered + DAMPING * 10.0**attempt * mean * identity)
         if not int(failed):
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
