@@ -200,7 +200,7 @@ def test_every_recipe_that_ships_is_accepted_as_it_is(name: str) -> None:
         (["pocket", "model.parts.smear_gat.x=1"], ["did you mean 'smear_gate'"]),
         (["pocket", "model.parts.smear_gate.x=1"], ["smear_gate", "x"]),
         (["pocket", "model.loop_layers=[1, 9]", "model.loop_extra=1"], ["loop_layers=[1, 9]", "layers 0 to 3"]),
-        (["pocket-1", "model.lanes_from=4"], ["model.lanes_from=4", "layers 2 to 3"]),
+        (["pocket-1", "model.lanes_from=4"], ["model.lanes_from=4", "after the last layer 3"]),
         (["baseline", "model.parts.xsa={}", "model.num_kv_heads=3"], ["num_heads=8", "num_kv_heads=3"]),
         (["pocket", "model.parts.xsa.last_layers=5"], ["last_layers=5", "num_layers=4"]),
         (["record-1.0611", "ttt.rank=0"], ["ttt.rank = 0"]),

@@ -31,6 +31,7 @@ COMPONENTS: dict[str, dict[str, Any]] = {
     "ln-scale": {"ln_scale": True},
     "skip-gates": {"skip_gates": True},
     "lanes": {"lanes_from": 1},
+    "lanes-in-the-loop": {"num_layers": 5, "lanes_from": 1, "loop_layers": (1, 2), "loop_extra": 1},
     "lanes-mlp": {"lanes_from": 1, "lane_merge": "mlp"},
     "loop": {"loop_layers": (1, 1), "loop_extra": 2},
     "loop-no-skips": {"loop_layers": (0, 2), "loop_extra": 1, "skips": "none"},
@@ -151,6 +152,14 @@ def test_smear_gate2_stops_where_a_document_begins() -> None:
     share[0, 4] = 0
     expected = F.rms_norm(raw + share[..., None] * before, (24,), eps=model.section.norm_eps)
     torch.testing.assert_close(model.embed(Flow(x)), expected)
+
+
+def test_two_lanes_begin_behind_the_layers_that_feed_skips() -> None:
+    assert [order_of(section(num_layers=6), 0).lanes_at(first) for first in range(6)] == [3, 3, 3, 3, 4, 5]
+    looped = section(num_layers=6, loop_layers=(0, 1), loop_extra=1, lanes_from=2)
+    assert order_of(looped, 1) == Order((0, 1, 0, 1, 2, 3, 4, 5), 4)
+    assert [order_of(looped, extra).lanes_at(2) for extra in (0, 1)] == [3, 4]
+    assert order_of(section(skips="none"), 0).lanes_at(0) == 0
 
 
 def test_looped_layers_run_again_in_order() -> None:
@@ -286,7 +295,6 @@ def test_lanes_that_share_everything_are_parallel_branches() -> None:
         ({"parts": {"value_embed": {"layers": []}}}, "names no layer"),
         ({"skip_gates": True, "skips": "none"}, "skip_gates=true"),
         ({"skip_gates": True, "num_layers": 1}, "skip_gates=true"),
-        ({"lanes_from": 0}, "lanes_from=0"),
         ({"lanes_from": 3}, "lanes_from=3"),
         ({"rope_dims": 3}, "rope_dims=3"),
         ({"loop_layers": (1, 3), "loop_extra": 1}, r"loop_layers=\[1, 3\]"),
@@ -294,7 +302,7 @@ def test_lanes_that_share_everything_are_parallel_branches() -> None:
         ({"loop_layers": (1,), "loop_extra": 1}, r"loop_layers=\[1\]"),
         ({"loop_layers": (1, 1)}, "need each other"),
         ({"loop_extra": 1}, "need each other"),
-        ({"loop_layers": (1, 1), "loop_extra": 1, "lanes_from": 1}, "lanes_from=1.*layers 2 to 2"),
+        ({"loop_layers": (0, 1), "loop_extra": 2, "lanes_from": 1}, "lanes_from=1: in the loop .*one stream"),
         ({"parallel_from": 3}, "parallel_from=3"),
         ({"parallel_from": 1, "lanes_from": 1}, "two kinds of one thing"),
         ({"rope_dims": 8}, "rope_dims=8"),

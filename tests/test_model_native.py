@@ -32,6 +32,7 @@ CASES = {
     "scaled by depth, gated skips": dataclasses.replace(SECTION, ln_scale=True, skip_gates=True),
     "both branches at once": dataclasses.replace(SECTION, parallel_from=1),
     "two lanes": dataclasses.replace(SECTION, lanes_from=2, num_layers=5),
+    "two lanes in a loop": dataclasses.replace(SECTION, num_layers=5, lanes_from=1, loop_layers=(1, 2), loop_extra=1),
     "two lanes all the way, one kept": dataclasses.replace(SECTION, skips="none", lanes_from=0, lane_merge="mlp"),
     "lanes after loops": dataclasses.replace(
         SECTION, num_layers=5, lanes_from=3, lane_merge="attn", loop_layers=(1, 2), loop_extra=2

@@ -70,8 +70,6 @@ def check_pass(model: GPT, z: Any, layout: str, loop: str) -> list[Check]:
 
 def gradients(model: GPT, names: list[str], config: dict[str, Any]) -> dict[str, np.ndarray]:
     grads = {name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in model.named_parameters()}
-    for name, width in (("lanes.post", 4), ("lanes.resid", 2)):  # in the script's state even where lanes are off
-        grads.setdefault(name, torch.zeros(config["num_layers"], width))
     return their_arrays(grads, names, config)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from paramgolf.model.gpt import GPT
+from paramgolf.model.lanes import Lanes
 from paramgolf.recipe.sections import ModelSection
 
 # Reference name -> ours, for what is not split into layers.
@@ -78,8 +80,6 @@ def section_of(config: Mapping[str, Any], *, packed: bool = False) -> ModelSecti
     always_stretched = config["system"] != "pr1855"  # that script has a flag for it
     reference = config.get("rope_train_seq_len") or config.get("train_seq_len", 0)
     lanes, loops = config.get("parallel_start_layer", -1), config.get("num_loops", 0)
-    if lanes > 0 and not loops:  # a layer that feeds skips stays sequential
-        lanes = max(lanes, config["num_layers"] // 2)
     return ModelSection(
         dim=dim,
         num_layers=config["num_layers"],
@@ -140,12 +140,15 @@ def build(z: Any, *, packed: bool = False) -> GPT:
     config = config_of(z)
     model = GPT(section_of(config, packed=packed), config["vocab_size"])
     weights = {key.removeprefix("w/"): z[key] for key in z.files if key.startswith("w/")}
+    if model.lanes is None and "parallel_post_lambdas" in weights:  # in the script's state even where lanes are off
+        model.lanes = Lanes(dataclasses.replace(model.section, lanes_from=config["num_layers"]))
     own = model.state_dict()
     state = {
         name: torch.from_numpy(np.array(value)).view(own[name].shape)
         for name, value in our_arrays(weights, config).items()
-        if name in own or not name.startswith("lanes.")  # lane weights of a model without lanes
     }
     model.load_state_dict(state, strict=True)
-    model.segment_len = config["train_seq_len"] if packed else 0
+    if packed:
+        model.segment_len = config["train_seq_len"]
+        model.context_len = len(z["stream"]) - 1 if config.get("rope_yarn") and "stream" in z.files else 0
     return model

@@ -2,6 +2,7 @@
 
 Origin: #1204, in the form of #1529 to #1855. Cost: 6 numbers a layer and a second stream in memory; the two branches of
 a layer do not wait for each other. Lane 0 feeds attention and takes the skips, lane 1 feeds the MLP.
+Layers that feed skips keep to one stream.
 """
 
 from __future__ import annotations

@@ -26,6 +26,11 @@ class Order:
         """How many skips there are to add back."""
         return min(self.encoder, len(self.layers) - self.encoder)
 
+    def lanes_at(self, first: int) -> int:
+        """Where two lanes begin: the first execution of a layer >= `first` that feeds no skip; the end if none does."""
+        begin = self.encoder if self.skips else 0
+        return next((at for at in range(begin, len(self.layers)) if self.layers[at] >= first), len(self.layers))
+
 
 def order_of(section: ModelSection, extra: int) -> Order:
     """The order with the looped layers run `extra` more times."""
@@ -78,12 +83,13 @@ def _check_residuals(s: ModelSection) -> None:
         )
     if s.parallel_from >= 0 and s.lanes_from >= 0:
         raise GolfError("model.parallel_from and model.lanes_from are two kinds of one thing; set one of them to -1")
-    if s.lanes_from >= 0:
-        first_decoder = s.num_layers // 2 if s.skips == "unet" else 0
-        if s.loop_layers:  # a layer of one stream could not follow those of two lanes
-            first_decoder = max(first_decoder, s.loop_layers[1] + 1)
-        if not first_decoder <= s.lanes_from < s.num_layers:
+    if s.lanes_from >= s.num_layers:
+        raise GolfError(
+            f"model.lanes_from={s.lanes_from} is after the last layer {s.num_layers - 1}; lower it (-1 = no lanes)"
+        )
+    for order in (order_of(s, extra) for extra in range(s.loop_extra + 1)):
+        if s.lanes_from > min(order.layers[order.lanes_at(s.lanes_from) :]):
             raise GolfError(
-                f"model.lanes_from={s.lanes_from}: lanes can start at layers {first_decoder} to "
-                f"{s.num_layers - 1} here (after the layers that feed skips or loop); change it, or -1 for no lanes"
+                f"model.lanes_from={s.lanes_from}: in the loop {list(s.loop_layers)} a layer before it, which has one "
+                f"stream, would follow layers of two lanes; set {s.loop_layers[0]} or less, or -1 for no lanes"
             )
