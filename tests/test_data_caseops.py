@@ -47,10 +47,21 @@ def test_the_rule_by_examples() -> None:
     assert caseops.encode(f"A{t}") == f"{t}a{e}{t}"
 
 
-@pytest.mark.parametrize("text", ["\ue001", "\ue002-", "a\ue001b", "\ue003\ue003a", "\ue001\ue004\ue001", "x\ue004"])
+@pytest.mark.parametrize(
+    "text", ["\ue001", "\ue002-", "a\ue001b", "\ue003\ue003a", "\ue001\ue004\ue001", "x\ue004", "\ue004b\ue002c"]
+)
 def test_what_the_transform_cannot_have_written_is_refused(text: str) -> None:
     with pytest.raises(GolfError, match="CaseOps"):
         caseops.decode(text)
+
+
+def test_a_capital_may_wait_behind_an_escaped_character() -> None:
+    """As the published decoder reads it, which no encoder writes."""
+    _, _, n, e = caseops.OPERATORS
+    assert caseops.decode(f"{n}{e}éa") == "éA" and caseops.decode(f"a{n}{e}{e}b") == f"a{e}B"
+    whole, cut = caseops.CaseDecoder(), caseops.CaseDecoder()
+    whole.operator(n), whole.operator(e), cut.operator(n), cut.operator(e)
+    assert whole.text("éa".encode()) == b"".join(cut.text(bytes([byte])) for byte in "éa".encode()) == "éA".encode()
 
 
 @settings(max_examples=200)

@@ -20,6 +20,7 @@ TITLE, ALLCAPS, CAPNEXT, ESCAPE = OPERATORS = "\ue001\ue002\ue003\ue004"
 _RUN = re.compile(r"[A-Za-z]*[A-Z][A-Za-z]*")
 _CAPITAL = re.compile(r"[A-Z]")
 _OPERATOR = re.compile(f"([{OPERATORS}])")
+_REST = re.compile(rb"[\x80-\xbf]+")  # bytes of a UTF-8 character after its first
 _LETTERS = re.compile(rb"[A-Za-z]+")
 
 
@@ -70,18 +71,16 @@ class CaseDecoder:
     def operator(self, operator: str) -> bytes:
         """Read an operator; bytes only where it is an escaped literal."""
         if self._escaped:
-            self._escaped = self._in_run = self._all = False
+            self._after_escape(letter=False)
             return operator.encode()
-        waiting = bool(self._pending) or self._next
-        if operator == CAPNEXT:
+        if operator == ESCAPE:
+            self._escaped = True
+        elif operator == CAPNEXT:
             self._require(not self._next)
             self._next = True
-            return b""
-        self._require(not waiting and (operator == ESCAPE or not self._in_run))
-        self._next, self._pending, self._escaped = False, "", operator == ESCAPE
-        if not self._escaped:
-            self._pending = operator
-            self._in_run = self._all = False
+        else:
+            self._require(not self._pending and not self._next and not self._in_run)
+            self._pending, self._next, self._in_run, self._all = operator, False, False, False
         return b""
 
     def text(self, raw: bytes) -> bytes:
@@ -89,7 +88,7 @@ class CaseDecoder:
         if not raw:
             return raw
         if self._escaped:  # of a character that needs none
-            self._escaped = self._in_run = self._all = False
+            self._after_escape(letter=_LETTERS.fullmatch(raw[:1]) is not None)
             return raw[:1] + self.text(raw[1:])
         if self._pending or self._next or self._all:
             raw = self._raised(raw)
@@ -97,12 +96,22 @@ class CaseDecoder:
         self._all = self._all and self._in_run
         return raw
 
+    def _after_escape(self, *, letter: bool) -> None:
+        """A literal was read. CAPNEXT goes on waiting."""
+        self._escaped, self._in_run = False, letter
+        if not letter:
+            self._require(not self._pending)
+            self._pending, self._all = "", False
+
     def _raised(self, raw: bytes) -> bytes:
+        if rest := _REST.match(raw):  # of an escaped character
+            return rest.group() + self.text(raw[rest.end() :])
         found = _LETTERS.match(raw)
         if found is None:
             self._require(not self._pending and not self._next)
             self._pending, self._next, self._all = "", False, False
             return raw
+        self._require(not (self._pending and self._in_run))
         self._all = self._all or self._pending == ALLCAPS
         end = found.end() if self._all else 1
         self._pending, self._next = "", False
