@@ -103,3 +103,11 @@ def test_percentile_search_is_never_worse_than_the_row_maximum() -> None:
         for pair in (percentile.quantize(weight, grid), grid.quantize(weight))
     ]
     assert errors[0] <= errors[1]
+
+
+def test_a_floored_scale_leaves_what_lies_above_the_percentile_as_it_is() -> None:
+    """#374: the percentile chooses the scale and cuts nothing else."""
+    weight = 0.3 * torch.randn(16, 200, generator=torch.Generator().manual_seed(0))
+    codes, scale = percentile.quantize(weight, Grid(GridSection(bits=6, floor=1 / 31)))
+    assert torch.equal(codes, (weight / scale.float()[:, None]).round().clamp(-31, 31).to(torch.int8))
+    assert int(scale.eq(scale.min()).sum()) > 8, "most rows lie below the floor"

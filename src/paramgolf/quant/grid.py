@@ -54,11 +54,12 @@ class Grid:
         object.__setattr__(self, "steps", qmax + 0.5 if s.low_code == "half" else float(qmax))
         object.__setattr__(self, "scale_dtype", _DTYPES[s.scale_dtype])
 
-    def quantize(self, w: Tensor, importance_C: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def quantize(self, w: Tensor, importance_C: Tensor | None = None, *, cut: bool = True) -> tuple[Tensor, Tensor]:
         """(codes int8 shaped like `w`, scale in the stored type: (R,) for a matrix, () for a vector or scalar).
 
         More than two dimensions: every row along the last one has its scale, shaped `w.shape[:-1]`.
-        `importance_C`: what a squared error in each column costs, for clips that weigh (see `choose_scale`).
+        `importance_C`: what a squared error in each column costs, for clips that weigh (see `choose_scale`). `cut`:
+        "quantile" and "search" cut at their clip what a floored scale leaves room for above it.
         Raises GolfError on NaN or infinity.
         """
         if not w.is_floating_point():
@@ -69,7 +70,7 @@ class Grid:
         if not rows.numel():
             scale = torch.ones(w.shape[:-1], dtype=self.scale_dtype, device=w.device)
             return torch.zeros_like(w, dtype=torch.int8), scale
-        codes, scale = self._codes(rows, importance_C)
+        codes, scale = self._codes(rows, importance_C, cut)
         codes, stored = codes.to(torch.int8), scale.to(self.scale_dtype)
         return (codes.reshape(w.shape), stored.reshape(())) if w.ndim < 2 else (codes, stored.squeeze(-1))
 
@@ -131,19 +132,19 @@ class Grid:
         largest = torch.finfo(torch.float32).max if s.scale_dtype == "float32" else (2 - 0.5**s.scale_bits) * 2.0**15
         return torch.where(scale == 0, 1.0, scale.clamp_max(largest)), clip
 
-    def _codes(self, rows_RC: Tensor, importance_C: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def _codes(self, rows_RC: Tensor, importance_C: Tensor | None = None, cut: bool = True) -> tuple[Tensor, Tensor]:
         """(codes as float32 integers, float32 scale_R1 that the stored type represents exactly)."""
         scale, clip = self.choose_scale(rows_RC, importance_C)
         stored = self._stored(scale)
-        return self._round(rows_RC, stored if self.section.round_scale_first else scale, clip), stored
+        return self._round(rows_RC, stored if self.section.round_scale_first else scale, clip if cut else None), stored
 
     def _stored(self, scale_R1: Tensor) -> Tensor:
         if self.scale_dtype != torch.float16:
             return scale_R1
         return round_to_float16(scale_R1, self.section.scale_bits)
 
-    def _round(self, rows_RC: Tensor, scale_R1: Tensor, clip_R1: Tensor) -> Tensor:
-        if self.section.clip in ("quantile", "search"):  # a floored scale leaves room above the clip: cut first
+    def _round(self, rows_RC: Tensor, scale_R1: Tensor, clip_R1: Tensor | None) -> Tensor:
+        if clip_R1 is not None and self.section.clip in ("quantile", "search"):
             rows_RC = torch.minimum(torch.maximum(rows_RC, -clip_R1), clip_R1)
         divisor = torch.where(scale_R1 == 0, torch.inf, scale_R1)  # a scale that underflowed: all codes are 0
         return (rows_RC / divisor).round_().clamp_(self.qmin, self.qmax)
