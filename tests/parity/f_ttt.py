@@ -159,6 +159,7 @@ class Recorded:
         at, z, steps = f"{self.at}/sgd{number}", self.z, self.sgd[-1]
         cuts = [[b for b in bounds(s.segments)] for s in steps if s.segments is not None]
         names = [str(name) for name in z[f"{at}/param_names"]]
+        norms = z[f"{at}/grad_norm_before_clip"]
         after = their_arrays(model.state_dict(), names, config_of(z))
         first = their_arrays(self.before, names, config_of(z))
         deltas = [np.linalg.norm(np.asarray(after[n], np.float64) - first[n]) for n in names]
@@ -168,7 +169,7 @@ class Recorded:
             Check(f"{at} x", float(self.rows_of(steps) != json.loads(str(z[f"{at}/x_per_step_json"]))), 0.0),
             Check(f"{at} cu", float(cuts != json.loads(str(z[f"{at}/cu_per_step_json"]))), 0.0),
             worst(f"{at} loss", [s.loss for s in steps], z[f"{at}/loss_per_step"], NLL),
-            worst(f"{at} norm", [s.norm for s in steps], z[f"{at}/grad_norm_before_clip"], NORMS),
+            worst(f"{at} norm", [s.norm for s in steps][: len(norms)], norms, NORMS),  # none without a clip
             worst(f"{at} delta", deltas, z[f"{at}/delta_l2"], NORMS),
         ]
         for key in (k for k in z.files if k.startswith(f"{at}/after")):

@@ -72,7 +72,7 @@ def check_steps(system: str, name: str, z: Any) -> list[Check]:
     return [
         worst(f"{system} {name}", params, z[f"{system}/f32/params/{name}"], PARAMS),
         worst(f"{system} {name} momentum", momentum, z[f"{system}/f32/momentum_buffer/{name}"], PARAMS),
-        worst(f"{system} {name} bf16", half, z[f"{system}/bf16/params/{name}"], BF16_PARAMS),
+        worst(f"{system} {name} bf16", half, z[f"{system}/f32/params/{name}"], BF16_PARAMS),
         worst(f"{system} {name} no rows", plain, z[f"{system}/f32_norow_nowd/params/{name}"], PARAMS),
         worst(f"{system} {name} no nesterov", straight[[0, -1]], z[stored], PARAMS),
     ]

@@ -24,14 +24,12 @@ def check_variant(variant: str, z: Any) -> list[Check]:
         momentum_warmup_steps=hyper["muon_momentum_warmup_steps"],
         loop_at=(hyper["enable_looping_at"],),
     )
-    cap = max(float(z[f"{variant}/effective_ms"]), 0.0) / 1000
+    cap = max(float(z[f"{variant}/effective_ms"]), 0.0)  # in milliseconds, as are all times here
     steps = z["steps"].tolist()
     if cap:
         stored = "lr_mul"
-        window, places = Window(seconds=cap), [Position(elapsed=ms / 1000) for ms in z["elapsed_ms"].tolist()]
-        factors = [
-            schedule.lr_mul(section, step=0, elapsed=ms / 1000, budget_seconds=cap) for ms in z["elapsed_ms"].tolist()
-        ]
+        window, places = Window(seconds=cap), [Position(elapsed=ms) for ms in z["elapsed_ms"].tolist()]
+        factors = [schedule.lr_mul(section, step=0, elapsed=at.elapsed, budget_seconds=cap) for at in places]
     else:
         stored = "lr_mul_by_step"
         window, places = Window(steps=hyper["iterations"]), [Position(step=int(step)) for step in steps]

@@ -93,13 +93,13 @@ def train(
         momentum_warmup_start=hyper["muon_momentum_warmup_start"],
         momentum_warmup_steps=hyper["muon_momentum_warmup_steps"], loop_at=(hyper["enable_looping_at"],),
     )  # fmt: skip
-    window, count = Window(seconds=float(z["effective_ms"]) / 1000), hyper["grad_accum_steps"]
+    window, count = Window(seconds=float(z["effective_ms"])), hyper["grad_accum_steps"]  # in milliseconds
     state, extra, named = model.state_dict(), model.section.loop_extra, dict(model.named_parameters())
     names = [n for name in z["params_in_no_optimizer"].tolist() if name for n in our_names(name, hyper)]
     fixed = {name: named[name].detach().clone() for name in names}
     losses, first, norms, rates, momenta, loops = [], [], [], [], [], []
     for step, milliseconds in enumerate(z["elapsed_ms"].tolist()):
-        at = Position(step, elapsed=milliseconds / 1000)
+        at = Position(step, elapsed=milliseconds)
         model.set_loops(schedule.loop_passes(section, extra, window.fraction(at)))
         loops.append(len(model.order.layers) > len(model.blocks))
         optimizers.zero_grad()
