@@ -47,10 +47,17 @@ def array(z: Any, key: str) -> Tensor:
 def check_class(grid: Grid, w: Tensor, z: Any, kind: str, name: str) -> list[Check]:
     """One tensor as one class. Where the stored scale is zero everything decodes to zero; the scripts divided by it
     and stored what the platform made of that, ours are zeros: there only the decoded values are compared."""
-    shape = (w.shape[0], -1, int(kind.partition(GROUPED)[2])) if GROUPED in kind else tuple(w.shape)
-    codes, scale = grid.quantize(w.reshape(shape))
-    their_codes, their_scale = array(z, f"{kind}/q/{name}").reshape(shape), array(z, f"{kind}/scale/{name}")
-    deq = z[f"{kind}/deq/{name}"].reshape(codes.shape)
+
+    def shaped(rows: Tensor) -> Tensor:
+        """Rows in groups, the last filled up with zeros."""
+        if GROUPED not in kind:
+            return rows
+        group = int(kind.partition(GROUPED)[2])
+        return F.pad(rows, (0, -rows.shape[-1] % group)).reshape(rows.shape[0], -1, group)
+
+    codes, scale = grid.quantize(shaped(w))
+    their_codes, their_scale = shaped(array(z, f"{kind}/q/{name}")), array(z, f"{kind}/scale/{name}")
+    deq = shaped(array(z, f"{kind}/deq/{name}"))
     alive = (their_scale != 0).reshape(their_scale.shape + (1,) * (codes.ndim - their_scale.ndim))
     checks = [exact(f"{kind} scale type {name}", str(scale.dtype), str(their_scale.dtype))]
     if grid.section.clip == "quantile":

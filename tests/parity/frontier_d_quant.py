@@ -60,11 +60,11 @@ def other_scales(name: str, same: np.ndarray) -> Check:
     return Check(name, float((~same).mean()), max(OTHER_SCALES, 1 / same.size))
 
 
-def codes_apart(name: str, apart: np.ndarray, share: float) -> list[Check]:
+def codes_apart(name: str, apart: np.ndarray, share: float, far: int = 1) -> list[Check]:
     """How many codes differ and how far, of the rows whose scale is theirs; no such row is a failure."""
     if not apart.size:
         return [Check(f"{name} (no row has their scale)", float("inf"), share)]
-    return [Check(f"{name} distance", float(apart.max()), 1.0), Check(name, float((apart != 0).mean()), share)]
+    return [Check(f"{name} distance", float(apart.max()), float(far)), Check(name, float((apart != 0).mean()), share)]
 
 
 def check_gptq(z: Any, prefix: str, tag: str, k: float, largest: int) -> list[Check]:

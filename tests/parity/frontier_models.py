@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -135,13 +135,19 @@ def their_arrays(ours: Mapping[str, Tensor], names: list[str], config: Mapping[s
     return out
 
 
-def build(z: Any, *, packed: bool = False) -> GPT:
-    """The fixture's model with its weights; with `packed` its documents are masked as the scripts' packed rows."""
-    config = config_of(z)
+def add_lanes(model: GPT, names: Collection[str]) -> None:
+    """The lane weights that a script's state has even where lanes are off: they are not used."""
+    if model.lanes is None and "parallel_post_lambdas" in names:
+        model.lanes = Lanes(dataclasses.replace(model.section, lanes_from=model.section.num_layers))
+
+
+def build(z: Any, *, packed: bool = False, **changes: Any) -> GPT:
+    """The fixture's model with its weights; with `packed` its documents are masked as the scripts' packed rows.
+    `changes`: of its configuration."""
+    config = config_of(z) | changes
     model = GPT(section_of(config, packed=packed), config["vocab_size"])
     weights = {key.removeprefix("w/"): z[key] for key in z.files if key.startswith("w/")}
-    if model.lanes is None and "parallel_post_lambdas" in weights:  # in the script's state even where lanes are off
-        model.lanes = Lanes(dataclasses.replace(model.section, lanes_from=config["num_layers"]))
+    add_lanes(model, weights)
     own = model.state_dict()
     state = {
         name: torch.from_numpy(np.array(value)).view(own[name].shape)

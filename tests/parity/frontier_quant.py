@@ -29,7 +29,7 @@ def quant_of(hyper: Mapping[str, Any]) -> QuantSection:
         RuleSection(match="*.mlp.*", store="mlp"),
         RuleSection(store="attn"),
     ]
-    if hyper.get("gated_attn_quant_gate"):
+    if hyper.get("gated_attn_quant_gate") and not hyper.get("attn_out_gate_enabled"):  # of that gate it is not
         rules.insert(0, RuleSection(**GATE_RULE, store="gate"))
     return QuantSection(
         method="gptq",
