@@ -286,10 +286,9 @@ class GPT(nn.Module):
         x0 = x.view_as(x)  # another object: "the first two inputs are one" would be a second graph for the first block
         stack: list[Tensor] = []
         second: Tensor | None = None  # the other lane, once there are two
-        fork = -1 if self.lanes is None else order.lanes_at(self.lanes.first)
         for position, index in enumerate(order.layers):
             block, join = layers[index], position - order.encoder
-            if position == fork:
+            if self.lanes is not None and position == order.lanes_at(self.lanes.first):
                 second = x.view_as(x)  # before the skip, which enters the first lane only
             if join >= 0 and stack:
                 x = self.join_skip(x, stack.pop(), join)

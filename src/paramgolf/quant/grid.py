@@ -136,15 +136,15 @@ class Grid:
         """(codes as float32 integers, float32 scale_R1 that the stored type represents exactly)."""
         scale, clip = self.choose_scale(rows_RC, importance_C)
         stored = self._stored(scale)
-        return self._round(rows_RC, stored if self.section.round_scale_first else scale, clip if cut else None), stored
+        return self._round(rows_RC, stored if self.section.round_scale_first else scale, clip, cut), stored
 
     def _stored(self, scale_R1: Tensor) -> Tensor:
         if self.scale_dtype != torch.float16:
             return scale_R1
         return round_to_float16(scale_R1, self.section.scale_bits)
 
-    def _round(self, rows_RC: Tensor, scale_R1: Tensor, clip_R1: Tensor | None) -> Tensor:
-        if clip_R1 is not None and self.section.clip in ("quantile", "search"):
+    def _round(self, rows_RC: Tensor, scale_R1: Tensor, clip_R1: Tensor, cut: bool = True) -> Tensor:
+        if cut and self.section.clip in ("quantile", "search"):
             rows_RC = torch.minimum(torch.maximum(rows_RC, -clip_R1), clip_R1)
         divisor = torch.where(scale_R1 == 0, torch.inf, scale_R1)  # a scale that underflowed: all codes are 0
         return (rows_RC / divisor).round_().clamp_(self.qmin, self.qmax)

@@ -64,11 +64,10 @@ class NativeRunner:
 
         stream: Terms = [(x0, None)]  # the sum of its terms
         second: Terms = []  # the other lane, once there are two
-        fork = -1 if model.lanes is None else order.lanes_at(model.lanes.first)
         stack: list[Tensor] = []
         for position, index in enumerate(order.layers):
             block, join = layers[index], position - order.encoder
-            if position == fork:
+            if model.lanes is not None and position == order.lanes_at(model.lanes.first):
                 stream = [(self._sum(stream), None)]
                 second = stream
             if join >= 0 and stack:
