@@ -195,9 +195,7 @@ class QuantSection:
 
     __pydantic_config__ = STRICT
     method: str = "rtn"  # a name of quant.QUANTIZERS
-    calibration_tokens: Positive = (
-        65_536  # training text read before packing, where something weighs by inputs; all ranks
-    )
+    calibration_tokens: Positive = 65_536  # training text read before packing by what weighs inputs, over all ranks
     grids: dict[str, GridSection] = field(default_factory=dict)
     rules: tuple[RuleSection, ...] = ()  # in order; non-float tensors are kept as they are before any rule
     coarse_grid: str = ""  # the matrices that bear it best go on this grid instead of their own ...
