@@ -16,6 +16,7 @@ from paramgolf.model.parts.smear_gate import SmearGate
 from paramgolf.recipe.sections import ModelSection, NgramLevel, NgramSection
 from paramgolf.score import legality
 from paramgolf.score.coder import Decoder
+from paramgolf.score.exam import Exam
 from paramgolf.score.legality import CONDITIONS, Legality, Verdict
 from paramgolf.score.own_scorers import CacheScorer, WindowScorer, check_all, coded_log_probs
 from paramgolf.score.stream import encode_stream
@@ -203,3 +204,12 @@ def test_the_result_is_json_and_text() -> None:
     result = legality.check(cheats.Bigram(), stream(60), cuts=3)
     assert result.as_dict()["conditions"].keys() == CONDITIONS.keys()
     assert result.as_dict()["verdict"] == "pass" and len(result.text().splitlines()) == 4
+
+
+@pytest.mark.parametrize("count", [3, 4, 8, 12])
+def test_some_place_follows_the_start_of_a_document(count: int) -> None:
+    text = np.random.default_rng(0).integers(2, VOCAB, 400)
+    text[[100, 300]] = 1
+    for seed in range(20):
+        places = Exam(None, text, 1, 1e-4, np.random.default_rng(seed)).places(count)
+        assert len(places) == count and {101, 301} & set(places.tolist())
